@@ -1,0 +1,1 @@
+"""Holds an artifact against recorded references: parity, latency and the report. Runs on the device."""

@@ -1,0 +1,1 @@
+"""Turns a checkpoint into an artifact; start reading at `build.py`."""

@@ -1,0 +1,42 @@
+"""What ONNX Runtime's integer kernels do to activations, computed exactly in PyTorch.
+
+A packing reference must round activations as the target does, or the rounding would hide a packing error.
+"""
+
+import torch
+from medgemma_quantization.affine import QuantizedTensor
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["onnx_integer_linear"]
+
+
+def onnx_integer_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    """`DynamicQuantizeMatMul` for int8 per channel, `MatMulNBits` at accuracy level 4 for int4 in blocks.
+
+    Shapes:
+        x: [..., inputs] float32, the whole tensor that one run of the program sees
+        result: [..., outputs] float32
+    """
+    return _block_linear(x, weight) if weight.storage.block else _tensor_linear(x, weight)
+
+
+def _tensor_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    """One uint8 range for the whole of `x`, zero included (ONNX operator DynamicQuantizeLinear)."""
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / 255 if high > low else torch.ones(())
+    zero = (-low / scale).clamp(0, 255).round()
+    rounded = (x / scale).round().add(zero).clamp(0, 255) - zero
+    # float64 holds every sum of integer products exactly.
+    sums = rounded.double() @ torch.from_numpy(weight.values).double().T
+    return sums.float() * (scale * torch.from_numpy(weight.scales[:, 0]))
+
+
+def _block_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    """One symmetric int8 range for every block of every row of `x`, as MLAS rounds at accuracy level 4."""
+    blocks = x.reshape(*x.shape[:-1], -1, weight.storage.block)
+    peak = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(peak > 0, 127 / peak, 0)
+    rounded = (blocks * inverse).round().double() * (peak / 127).double()
+    matrix = torch.from_numpy(weight.dequantize()).double()
+    return functional.linear(rounded.flatten(-2), matrix).float()

@@ -1,0 +1,133 @@
+"""The operations that a model is written in.
+
+A model is a function over these; a target is one implementation of them. `TorchOps` computes, `OnnxOps` emits
+ONNX nodes, `PlanOps` only notes which weights a model asks for. `T` is whatever an implementation passes
+between operations: a tensor, a graph value, nothing at all.
+
+Each operation stands at the height where deployment targets fuse (q, k and v together, the two halves of an
+MLP in one, attention whole), and no lower. If an operation does not fit a target, change the operation here,
+not the model.
+
+Weights are named, never held: an implementation asks for one when it meets it and may forget it afterwards,
+so every implementation streams.
+
+Notation: B batch, S sequence, H hidden width, D head width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+__all__ = ["Ops", "Linear", "LayerNorm", "Table", "PatchEmbedding", "Parameter", "Heads", "Activation"]
+
+Activation = Literal["gelu_tanh"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """`y = x @ weight.T + bias`: weight `NAME.weight` [outputs, inputs], bias `NAME.bias` [outputs]."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm:
+    """`NAME.weight` and `NAME.bias`, both [width]; statistics over the last axis in float32."""
+
+    name: str
+    width: int
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows that ids look up: `NAME.weight` [rows, width]."""
+
+    name: str
+    rows: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchEmbedding:
+    """A convolution whose stride is its kernel.
+
+    `NAME.weight` is [width, 3, patch, patch], `NAME.bias` [width].
+    """
+
+    name: str
+    width: int
+    patch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A learned array `NAME` that is used as it stands: a position table, a pooling probe."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The heads of an attention; `kv` is smaller than `query` where heads are grouped."""
+
+    query: int
+    kv: int
+    width: int
+
+
+T = TypeVar("T")
+
+
+class Ops(Protocol[T]):
+    """One implementation of every operation a model may use."""
+
+    def patch_embedding(self, pixels: T, weight: PatchEmbedding) -> T:
+        """[B, 3, rows, columns] float pixels to [B, S, H], patches in row-major order."""
+        ...
+
+    def embed(self, ids: T, table: Table) -> T:
+        """[B, S] ids to the table's rows, [B, S, H]."""
+        ...
+
+    def add_positions(self, x: T, positions: Parameter) -> T:
+        """[B, S, H] plus a learned [S, H]."""
+        ...
+
+    def linear(self, x: T, weight: Linear) -> T:
+        """[..., inputs] to [..., outputs]."""
+        ...
+
+    def project_together(self, x: T, weights: tuple[Linear, ...]) -> tuple[T, ...]:
+        """Several linears of one input, such as q, k and v; a target may fuse them."""
+        ...
+
+    def mlp(self, x: T, up: Linear, down: Linear, activation: Activation) -> T:
+        """`down(activation(up(x)))`. The hidden axis may be padded with zeros: activation(0) must be 0."""
+        ...
+
+    def layer_norm(self, x: T, weight: LayerNorm) -> T:
+        """Normalize the last axis to zero mean and unit variance, then scale and shift."""
+        ...
+
+    def residual_add(self, x: T, branch: T) -> T:
+        """`x + branch`, the only place where the residual stream grows: range audits observe it."""
+        ...
+
+    def attention(self, q: T, k: T, v: T, heads: Heads, scale: float) -> T:
+        """Full attention, `softmax(scale * q @ k.T) @ v` for each head.
+
+        q is [B, S, query * D]; k and v are [B, S', kv * D]; the result has the shape of q.
+        """
+        ...
+
+    def expand(self, parameter: Parameter, like: T) -> T:
+        """A learned [1, S, H], repeated to the batch size of `like`."""
+        ...
+
+    def token(self, x: T, index: int) -> T:
+        """[B, S, H] to the token at `index` (negative from the end), [B, H]."""
+        ...

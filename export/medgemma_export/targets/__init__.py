@@ -1,0 +1,46 @@
+"""The deployment formats: one file for each, and this table."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from medgemma_quantization.plan import PackedWeight, QuantPlan
+from medgemma_quantization.weights import QuantizedWeights
+from medgemma_runtime.manifest import ComponentEntry, TargetName
+
+from medgemma_export.models.spec import ModelSpec
+from medgemma_export.targets.onnx import OnnxTarget
+
+__all__ = ["Target", "TARGETS"]
+
+
+class Target(Protocol):
+    """A deployment format."""
+
+    def check(self, model: ModelSpec, plan: QuantPlan) -> None:
+        """Refuse what the format cannot take, before any weight is read.
+
+        Raises:
+            EdgeError: Naming what was asked, what the format takes, and the remedy.
+        """
+        ...
+
+    def lower(
+        self,
+        model: ModelSpec,
+        weights: QuantizedWeights,
+        directory: Path,
+        *,
+        progress: Callable[[int, int], None],
+    ) -> tuple[dict[str, ComponentEntry], list[PackedWeight]]:
+        """Write every component into `directory`.
+
+        Returns:
+            The components for the manifest, and what was packed, to be held against the plan.
+        """
+        ...
+
+
+TARGETS: dict[TargetName, Target] = {
+    "onnx": OnnxTarget(),
+}

@@ -1,0 +1,1 @@
+"""Decides and computes the integers and scales that every deployment target carries."""

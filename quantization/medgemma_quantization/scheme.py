@@ -1,0 +1,109 @@
+"""What the user wishes: bits and granularity for each kind of weight."""
+
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.manifest import Precision
+
+__all__ = ["Scheme", "Storage", "SCHEMES", "load_scheme", "FLOAT32", "INT8", "INT4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How one weight is stored.
+
+    Attributes:
+        bits: 32 for float, else 8 or 4.
+        block: Inputs that share one scale; 0 is one scale for each output channel (the whole row).
+    """
+
+    bits: Literal[32, 8, 4]
+    block: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in (32, 8, 4):
+            raise ValueError(f"bits must be 32, 8 or 4 and are {self.bits}")
+        if self.block and (self.bits == 32 or self.block < 16 or self.block & (self.block - 1)):
+            raise ValueError(f"block must be 0 or a power of two of at least 16 and is {self.block}")
+
+    def __str__(self) -> str:
+        if self.bits == 32:
+            return "float32"
+        return f"int{self.bits} " + (f"block {self.block}" if self.block else "per channel")
+
+
+FLOAT32 = Storage(bits=32)
+INT8 = Storage(bits=8)
+INT4 = Storage(bits=4, block=32)
+
+_PRECISIONS: dict[int, Precision] = {32: "fp32", 8: "int8", 4: "int4"}
+
+Activations = Literal["float", "int8-dynamic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """A quantization wish, for any model and any target.
+
+    Attributes:
+        name: For people and file names.
+        linear: Storage of matrices that multiply activations.
+        table: Storage of embedding tables.
+        activations: `int8-dynamic` quantizes the input of every integer matrix at run time.
+        overrides: `(regular expression, storage)`; the first that matches the whole weight name wins.
+    """
+
+    name: str
+    linear: Storage
+    table: Storage
+    activations: Activations
+    overrides: tuple[tuple[str, Storage], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for pattern, _ in self.overrides:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"override {pattern!r} is no regular expression: {error}") from None
+
+    @property
+    def precision(self) -> Precision:
+        """The short name of the matrices' storage."""
+        return _PRECISIONS[self.linear.bits]
+
+
+SCHEMES: dict[str, Scheme] = {
+    "fp32": Scheme(name="fp32", linear=FLOAT32, table=FLOAT32, activations="float"),
+    "int8": Scheme(name="int8", linear=INT8, table=INT8, activations="int8-dynamic"),
+    "int4": Scheme(name="int4", linear=INT4, table=INT4, activations="int8-dynamic"),
+}
+
+
+def load_scheme(path: Path) -> Scheme:
+    """Read a scheme from a TOML file.
+
+    The keys are those of `Scheme`; a storage is `{ bits = 4, block = 32 }`, and overrides are
+    `[[override]]` tables with `match`, `bits` and `block`.
+
+    Raises:
+        EdgeError: If the file is absent, no TOML, or not to this form.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        overrides = tuple((row.pop("match"), Storage(**row)) for row in data.pop("override", []))
+        for key in ("linear", "table"):
+            data[key] = Storage(**data[key])
+        return Scheme(**data, overrides=overrides)
+    except OSError as error:
+        raise EdgeError(f"scheme {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EdgeError(f"scheme {path} is no TOML file: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise EdgeError(
+            f"scheme {path} is not to the form: {error}; it needs name, linear, table, activations "
+            "and may have [[override]] tables with match, bits and block"
+        ) from None

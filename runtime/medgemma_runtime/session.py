@@ -1,0 +1,88 @@
+"""A `Session` runs one component of an artifact: named arrays in, named arrays out."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_runtime.artifact import Artifact
+from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.manifest import ComponentEntry
+
+__all__ = ["Session", "open_session", "check_inputs"]
+
+
+class Session(Protocol):
+    """One loaded component.
+
+    Attributes:
+        entry: The component's inputs and outputs as the manifest states them.
+        load_seconds: Time that opening took.
+    """
+
+    entry: ComponentEntry
+    load_seconds: float
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run once.
+
+        Args:
+            inputs: An array for every input of `entry`, to its dtype and shape.
+
+        Raises:
+            EdgeError: If a name, dtype or shape differs from `entry`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the component's memory; `run` may not be called afterwards."""
+        ...
+
+
+def open_session(artifact: Artifact, component: str, *, threads: int | None = None) -> Session:
+    """Load one component with the engine of the artifact's target.
+
+    Args:
+        artifact: An opened artifact.
+        component: A name from its manifest, such as `image`.
+        threads: Threads for one operator; None leaves the choice to the engine.
+
+    Raises:
+        ArtifactError: If there is no such component, or its program cannot be loaded.
+        EdgeError: If this machine has no engine for the target.
+    """
+    if artifact.manifest.target == "onnx":
+        from medgemma_runtime.backends.ort import OrtSession
+
+        return OrtSession(artifact, component, threads=threads)
+    raise EdgeError(
+        f"target {artifact.manifest.target!r} has no engine in this version of the runtime; "
+        "export the model with --target onnx"
+    )
+
+
+def check_inputs(entry: ComponentEntry, inputs: Mapping[str, NDArray[Any]]) -> None:
+    """Hold arrays against the component's TensorSpecs.
+
+    Raises:
+        EdgeError: On a missing or unknown name, another dtype or rank, an empty array, or a size
+            that contradicts the spec.
+    """
+    expected = {spec.name: spec for spec in entry.inputs}
+    if set(inputs) != set(expected):
+        raise EdgeError(f"the component takes {sorted(expected)} and was given {sorted(inputs)}")
+    sizes: dict[str, int] = {}
+    for name, spec in expected.items():
+        array = inputs[name]
+        fits = array.dtype == np.dtype(spec.dtype) and array.ndim == len(spec.shape)
+        if fits:
+            for dim, size in zip(spec.shape, array.shape, strict=True):
+                wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
+                fits = fits and size == wanted and size > 0
+        if not fits:
+            known = f" where {sizes}" if sizes else ""
+            raise EdgeError(
+                f"input {name!r} must be {spec.dtype} {list(spec.shape)}{known} "
+                f"and is {array.dtype} {list(array.shape)}"
+            )

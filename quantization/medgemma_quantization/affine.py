@@ -3,12 +3,16 @@
 Conventions that ONNX Runtime, Core ML and XNNPACK can all represent exactly:
 
 - a weight is `scale * integer`, zero point 0, one scale for each output row or each block of inputs in it;
-- int4 lies in [-8, 7], int8 in [-127, 127] (-128 is unused: its product with -128 overflows int16 pairs);
+- int4 lies in [-8, 7], int8 in [-127, 127];
+- the magnitudes of two neighbouring int8 inputs of one output add up to at most 128. Processors without VNNI
+  multiply unsigned activations by signed weights in pairs and saturate the sum at int16 (`vpmaddubsw`);
+  255 * 128 is the largest that fits, so every processor computes the same number. Costs about half a bit;
 - a scale has at most 8 significant bits and is a multiple of 2**-24, so that float16 and bfloat16 both hold
   it exactly.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +22,7 @@ from medgemma_quantization.scheme import Storage
 __all__ = [
     "QuantizedTensor",
     "INTEGER_RANGE",
+    "PAIR_LIMIT",
     "quantize",
     "range_scales",
     "round_scale",
@@ -26,6 +31,7 @@ __all__ = [
 ]
 
 INTEGER_RANGE: dict[int, tuple[int, int]] = {4: (-8, 7), 8: (-127, 127)}
+PAIR_LIMIT = 128
 
 # float16's smallest step; the largest scale is float16's largest number with 8 significant bits.
 _SCALE_STEP = 2.0**-24
@@ -50,8 +56,12 @@ class QuantizedTensor:
         blocks = columns // self.storage.block if self.storage.block else 1
         if self.scales.shape != (rows, blocks):
             raise ValueError(
-                f"{self.storage} of {self.values.shape} needs scales {(rows, blocks)}, not {self.scales.shape}"
+                f"{self.storage} of {self.values.shape} needs scales {(rows, blocks)}, "
+                f"not {self.scales.shape}"
             )
+
+        if self.storage.bits == 8 and _pair_sums(self.values.astype(np.int16)).max() > PAIR_LIMIT:
+            raise ValueError(f"two neighbouring int8 values exceed {PAIR_LIMIT} together; widen the scale")
 
     def dequantize(self) -> NDArray[np.float32]:
         """The matrix that the integers stand for, [outputs, inputs] float32."""
@@ -81,6 +91,7 @@ def range_scales(weight: NDArray[np.float32], storage: Storage) -> NDArray[np.fl
     """The smallest admissible scales with which no weight is clipped: [outputs, blocks].
 
     int4 has one more negative than positive step, so a block whose extreme is negative gets a finer scale.
+    int8 leaves room for both weights of a pair to be rounded up.
 
     Raises:
         ValueError: If the block does not divide the inputs, or a weight is not finite.
@@ -92,6 +103,8 @@ def range_scales(weight: NDArray[np.float32], storage: Storage) -> NDArray[np.fl
     grouped = weight.reshape(rows, columns // block, block)
     low, high = INTEGER_RANGE[storage.bits]
     scales = np.maximum(grouped.max(axis=2) / high, grouped.min(axis=2) / low)
+    if storage.bits == 8:
+        scales = np.maximum(scales, _pair_sums(grouped).max(axis=2) / (PAIR_LIMIT - 1))
     if not np.isfinite(scales).all():
         raise ValueError("a weight is not finite")
     return round_scale(np.abs(scales))
@@ -110,6 +123,15 @@ def round_scale(scales: NDArray[np.float32]) -> NDArray[np.float32]:
         raise ValueError(f"a scale of {rounded.max():.4g} exceeds float16's range")
     result: NDArray[np.float32] = rounded.astype(np.float32)
     return result
+
+
+def _pair_sums(values: NDArray[Any]) -> NDArray[Any]:
+    """Magnitudes of inputs 0 and 1, 2 and 3, ... added up, along the last axis."""
+    magnitudes = np.abs(values)
+    even, odd = magnitudes[..., 0::2], magnitudes[..., 1::2]
+    sums = even.copy()
+    sums[..., : odd.shape[-1]] += odd
+    return sums
 
 
 def pack_int4(values: NDArray[np.int8], *, offset: int = 0) -> NDArray[np.uint8]:

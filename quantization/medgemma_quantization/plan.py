@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from medgemma_runtime.errors import EdgeError
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from medgemma_quantization.scheme import FLOAT32, Activations, Scheme, Storage
+from medgemma_runtime.errors import EdgeError
 
 __all__ = [
     "QuantPlan",

@@ -4,7 +4,7 @@ import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import Precision
@@ -64,6 +64,10 @@ class Scheme:
     overrides: tuple[tuple[str, Storage], ...] = field(default=())
 
     def __post_init__(self) -> None:
+        if self.activations not in get_args(Activations):
+            raise ValueError(
+                f"activations must be one of {get_args(Activations)} and are {self.activations!r}"
+            )
         for pattern, _ in self.overrides:
             try:
                 re.compile(pattern)

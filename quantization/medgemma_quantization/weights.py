@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from medgemma_runtime.errors import CheckpointError
 from numpy.typing import NDArray
 
 from medgemma_quantization.affine import (
@@ -21,6 +20,7 @@ from medgemma_quantization.affine import (
     unpack_int4,
 )
 from medgemma_quantization.plan import PlanRow, QuantPlan
+from medgemma_runtime.errors import CheckpointError
 
 __all__ = ["QuantizedWeights", "ReadWeight", "quantize_weights"]
 

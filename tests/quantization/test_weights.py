@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from medgemma_quantization.plan import WeightSpec, make_plan
+from medgemma_quantization.scheme import SCHEMES
+from medgemma_quantization.weights import quantize_weights
+from medgemma_runtime.errors import CheckpointError
+
+SPECS = [
+    WeightSpec(name="fc1.weight", shape=(40, 64), role="linear", padded_axes=(0,)),
+    WeightSpec(name="fc1.bias", shape=(40,), role="bias", padded_axes=(0,)),
+    WeightSpec(name="fc2.weight", shape=(64, 40), role="linear", padded_axes=(1,)),
+]
+
+
+@pytest.fixture
+def checkpoint():
+    rng = np.random.default_rng(1)
+    return {spec.name: rng.normal(size=spec.shape).astype(np.float32) for spec in SPECS}
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "int8", "int4"])
+def test_what_is_read_back_is_the_weight_within_half_a_step(tmp_path, checkpoint, scheme):
+    plan = make_plan(SCHEMES[scheme], SPECS)
+    weights = quantize_weights(plan, checkpoint.__getitem__, tmp_path)
+    for row in plan.rows:
+        true = checkpoint[row.name]
+        grow = [(0, stored - size) for stored, size in zip(row.stored_shape, true.shape, strict=True)]
+        padded = np.pad(true, grow)
+        if row.storage.bits == 32:
+            np.testing.assert_array_equal(weights.float(row.name), padded)
+        else:
+            tensor = weights.quantized(row.name)
+            assert tensor.values.shape == row.stored_shape
+            step = np.repeat(tensor.scales, row.stored_shape[1] // tensor.scales.shape[1], axis=1)
+            assert (np.abs(tensor.dequantize() - padded) <= 0.501 * step).all()
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, checkpoint):
+    plan = make_plan(SCHEMES["int8"], SPECS)
+    reads: list[str] = []
+
+    def stops_at_the_second(name):
+        reads.append(name)
+        if name == "fc2.weight":
+            raise KeyboardInterrupt
+        return checkpoint[name]
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_weights(plan, stops_at_the_second, tmp_path)
+    reads.clear()
+
+    def counts(name):
+        reads.append(name)
+        return checkpoint[name]
+
+    steps: list[tuple[int, int]] = []
+    quantize_weights(plan, counts, tmp_path, progress=lambda done, total: steps.append((done, total)))
+    assert reads == ["fc2.weight"]
+    assert steps == [(0, 2), (1, 2), (2, 2)]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_half_written_pair_is_made_again(tmp_path, checkpoint):
+    plan = make_plan(SCHEMES["int8"], SPECS)
+    weights = quantize_weights(plan, checkpoint.__getitem__, tmp_path)
+    before = weights.quantized("fc1.weight")
+    (tmp_path / "fc1.weight.scales.npy").unlink()
+    (tmp_path / "fc1.weight.values.npy").write_bytes(b"torn")
+    after = quantize_weights(plan, checkpoint.__getitem__, tmp_path).quantized("fc1.weight")
+    np.testing.assert_array_equal(before.values, after.values)
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path, checkpoint):
+    checkpoint["fc2.weight"][3, 3] = np.inf
+    with pytest.raises(CheckpointError, match=r"fc2.weight cannot be quantized: a weight is not finite"):
+        quantize_weights(make_plan(SCHEMES["int4"], SPECS), checkpoint.__getitem__, tmp_path)

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from medgemma_export.models.spec import ModelSpec
+from medgemma_export.targets.onnx import OnnxTarget
 from medgemma_quantization.plan import PackedWeight, QuantPlan
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.manifest import ComponentEntry, TargetName
-
-from medgemma_export.models.spec import ModelSpec
-from medgemma_export.targets.onnx import OnnxTarget
 
 __all__ = ["Target", "TARGETS"]
 

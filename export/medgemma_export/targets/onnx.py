@@ -1,11 +1,12 @@
 """ONNX for ONNX Runtime.
 
-A float artifact has standard operators only (opset 23). Integer matrices need ONNX Runtime's own:
+Standard operators (opset 20) where they are as fast, ONNX Runtime's own where they are not:
 
-- int8 per channel: `DynamicQuantizeMatMul`. Weights are stored as uint8 with zero point 128, the same
-  integers: with int8 weights the AVX2 kernel adds pairs of products in saturating 16-bit arithmetic and is
-  silently wrong on every processor without VNNI; the uint8 kernel is exact everywhere.
-- int4 in blocks: `MatMulNBits` at accuracy level 4, activations rounded to int8 in the same blocks.
+- attention: `MultiHeadAttention`, which never holds a full array of scores;
+- int8 per channel: `DynamicQuantizeMatMul`, which rounds activations to uint8 over the whole input. Weights
+  are signed, the fast form on VNNI and AMX, and exact on every processor because neighbouring integers are
+  bounded (see `medgemma_quantization.affine`);
+- int4 in blocks: `MatMulNBits` at accuracy level 4, which rounds activations to int8 in the same blocks.
 """
 
 from collections.abc import Callable
@@ -14,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from medgemma_quantization.plan import PackedWeight, QuantPlan
-from medgemma_quantization.weights import QuantizedWeights
-from medgemma_runtime.errors import EdgeError
-from medgemma_runtime.manifest import ComponentEntry, TensorSpec
 
 from medgemma_export.external_data import ExternalData
 from medgemma_export.models.spec import Component, ModelSpec
 from medgemma_export.targets.onnx_ops import DOMAIN, OPSET, OnnxOps
+from medgemma_quantization.plan import PackedWeight, QuantPlan
+from medgemma_quantization.weights import QuantizedWeights
+from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.manifest import ComponentEntry, TensorSpec
 
 __all__ = ["OnnxTarget"]
 

@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from medgemma_quantization.affine import pack_int4
-from medgemma_quantization.plan import PackedWeight
-from medgemma_quantization.scheme import FLOAT32, Storage
-from medgemma_quantization.weights import QuantizedWeights
 from numpy.typing import NDArray
 
 from medgemma_export.external_data import ExternalData
 from medgemma_export.ops import Activation, Heads, LayerNorm, Linear, Parameter, PatchEmbedding, Table
+from medgemma_quantization.affine import pack_int4
+from medgemma_quantization.plan import PackedWeight
+from medgemma_quantization.scheme import FLOAT32, Storage
+from medgemma_quantization.weights import QuantizedWeights
 
 __all__ = ["OnnxOps", "OPSET", "DOMAIN"]
 
-OPSET = 23  # the first with Attention
+OPSET = 20  # the first with Gelu
 DOMAIN = "com.microsoft"
 
 _Attribute = int | float | str | Sequence[int]
@@ -107,13 +107,11 @@ class OnnxOps:
         return self._node("Add", [x, branch])
 
     def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: Heads, scale: float) -> ir.Value:
-        """See `Ops`."""
-        attributes: dict[str, _Attribute] = {
-            "q_num_heads": heads.query,
-            "kv_num_heads": heads.kv,
-            "scale": scale,
-        }
-        return self._node("Attention", [q, k, v], attributes)
+        """See `Ops`. The kernel works in tiles: no [S, S] array of scores is ever in memory."""
+        if heads.query != heads.kv:
+            raise NotImplementedError("MultiHeadAttention has no grouped heads")
+        attributes: dict[str, _Attribute] = {"num_heads": heads.query, "scale": scale}
+        return self._node("MultiHeadAttention", [q, k, v], attributes, DOMAIN)
 
     def expand(self, parameter: Parameter, like: ir.Value) -> ir.Value:
         """See `Ops`."""
@@ -142,12 +140,10 @@ class OnnxOps:
     def _int8_linear(self, x: ir.Value, weight: Linear, storage: Storage) -> ir.Value:
         name = f"{weight.name}.weight"
         tensor = self.weights.quantized(name)
-        unsigned = (tensor.values.T.astype(np.int16) + 128).astype(np.uint8)
-        matrix = self._weight(name, unsigned, storage, tensor.values.shape)
+        matrix = self._weight(name, tensor.values.T, storage, tensor.values.shape)
         scales = self._constant(f"{name}.scales", tensor.scales[:, 0])
-        zeros = self._constant(f"{name}.zeros", np.full(tensor.values.shape[0], 128, np.uint8))
         bias = self._float(f"{weight.name}.bias") if weight.bias else None
-        return self._node("DynamicQuantizeMatMul", [x, matrix, scales, zeros, bias], domain=DOMAIN)
+        return self._node("DynamicQuantizeMatMul", [x, matrix, scales, None, bias], domain=DOMAIN)
 
     def _int4_linear(self, x: ir.Value, weight: Linear, storage: Storage) -> ir.Value:
         name = f"{weight.name}.weight"

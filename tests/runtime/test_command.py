@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+import typer
+
+from medgemma_runtime.command import (
+    BAD_REQUEST,
+    CHECK_FAILED,
+    DONE,
+    INTERRUPTED,
+    printable,
+    run_app,
+)
+from medgemma_runtime.errors import ArtifactError
+
+
+def app_of(action: object) -> typer.Typer:
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    def work(number: int = 0) -> None:
+        if isinstance(action, BaseException):
+            raise action
+        if callable(action):
+            action()
+
+    return app
+
+
+def test_done() -> None:
+    assert run_app(app_of(None), []) == DONE
+
+
+def test_a_command_chooses_its_own_code() -> None:
+    assert run_app(app_of(typer.Exit(CHECK_FAILED)), []) == CHECK_FAILED
+
+
+@pytest.mark.parametrize("words", [["--unknown"], ["--number", "x"], ["surplus"]])
+def test_a_usage_error_is_a_bad_request(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(app_of(None), words) == BAD_REQUEST
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Error" in captured.err
+
+
+def test_a_refusal_is_one_sentence_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(app_of(ArtifactError("x is missing; copy it again")), []) == BAD_REQUEST
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "error: x is missing; copy it again\n")
+
+
+def test_a_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    error = OSError(28, "No space left on device", "out.npy")
+    assert run_app(app_of(error), []) == BAD_REQUEST
+    assert capsys.readouterr().err == (
+        "error: the disk is full while writing out.npy; free some space and run the command again\n"
+    )
+
+
+def test_no_permission_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(app_of(PermissionError(13, "Permission denied", "out.npy")), []) == BAD_REQUEST
+    assert capsys.readouterr().err == ("error: out.npy cannot be read or written: Permission denied\n")
+
+
+def test_a_real_error_of_the_system_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = tmp_path / "absent"
+    assert run_app(app_of(absent.read_bytes), []) == BAD_REQUEST
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_ctrl_c_ends_as_shells_expect() -> None:
+    assert run_app(app_of(KeyboardInterrupt()), []) == INTERRUPTED
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_app(app_of(ZeroDivisionError()), [])
+
+
+def test_words_come_from_the_process_when_none_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["program", "--unknown"])
+    assert run_app(app_of(None)) == BAD_REQUEST
+
+
+def test_control_sequences_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printable("a\x1b[31mé\n\x07\u202e日") == "a\ufffd[31mé\n\ufffd\ufffd日"
+    run_app(app_of(ArtifactError("\x1b]0;title\x07")), [])
+    assert "\x1b" not in capsys.readouterr().err

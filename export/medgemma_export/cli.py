@@ -1,24 +1,31 @@
 """The command lines `medgemma-export` and `medgemma-reference`: parse, call, print."""
 
 import json
+import os
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from medgemma_benchmarks.bundle import ReferenceBundle
+from medgemma_export.build import Decision, build, decide
+from medgemma_export.pictures import directory_pictures, read_labels, sample_labels, sample_pictures
+from medgemma_export.plain_onnx import export_plain_onnx
+from medgemma_export.recipe import Recipe
+from medgemma_export.reference import Device, Dtype, record_reference
 from medgemma_quantization.scheme import SCHEMES, Scheme, load_scheme
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.command import run_app
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import Precision, TargetName
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from medgemma_export.build import Decision, build, decide
-from medgemma_export.recipe import Recipe
-
-__all__ = ["export_main"]
+__all__ = ["export_main", "reference_main"]
 
 _EXAMPLES = """
 Examples:
@@ -30,19 +37,50 @@ Examples:
   medgemma-export --target onnx --model ./my-finetune --precision int8 --components image --dry-run
 """
 
+_REFERENCE_EXAMPLES = """
+Examples:
+
+  medgemma-reference record --model google/medsiglip-448 --out reference
+
+  medgemma-reference record --model ./my-finetune --images ./studies --labels labels.toml --out reference
+
+  medgemma-reference packing medsiglip-int8 --model google/medsiglip-448 --reference reference --out packing
+"""
+
 _export = typer.Typer(add_completion=False, rich_markup_mode="rich")
+_reference = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    help="Record what the original model computes, to hold artifacts against.",
+    epilog=_REFERENCE_EXAMPLES.replace("\n\n", "\n\n\n"),
+)
+
+Model = Annotated[
+    str, typer.Option(help="A directory, a hub id such as google/medsiglip-448, or sample:NAME.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def export_main() -> None:
+def export_main() -> int:
     """Entry point of `medgemma-export`."""
-    run_app(_export)
+    return _run(_export)
+
+
+def reference_main() -> int:
+    """Entry point of `medgemma-reference`."""
+    return _run(_reference)
+
+
+def _run(app: typer.Typer) -> int:
+    # transformers warns about token ids of SigLIP's own default configuration; its errors still show.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    return run_app(app)
 
 
 @_export.command(epilog=_EXAMPLES.replace("\n\n", "\n\n\n"))
 def export(
-    model: Annotated[
-        str, typer.Option(help="A directory, a hub id such as google/medsiglip-448, or sample:NAME.")
-    ],
+    model: Model,
     target: Annotated[TargetName, typer.Option(help="The format of the device's engine.")],
     precision: Annotated[Precision, typer.Option(help="Storage of the weights.")] = "int8",
     scheme: Annotated[Path | None, typer.Option(help="A TOML file instead of --precision.")] = None,
@@ -52,10 +90,9 @@ def export(
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     out: Annotated[Path | None, typer.Option(help="Artifact directory; must not exist yet.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the plan and stop before reading weights.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Turn a checkpoint into an artifact that a phone, a tablet or a laptop runs."""
-    console = Console(stderr=True)
     wish = _scheme(precision, scheme)
     try:
         recipe = Recipe(
@@ -71,15 +108,74 @@ def export(
     if dry_run:
         _print_decision(decide(recipe), as_json=as_json)
         return
-    with _progress(console) as bar:
-        task = bar.add_task("read the checkpoint", total=None)
-        artifact = build(
-            recipe,
-            progress=lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total
-            ),
-        )
+    with _progress("read the checkpoint") as progress:
+        artifact = build(recipe, progress=progress)
     _print_artifact(artifact, as_json=as_json)
+
+
+@_reference.command()
+def record(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Bundle directory; must not exist yet.")],
+    images: Annotated[
+        Path | None, typer.Option(help="A directory of images instead of the built-in ones.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="A TOML file of zero-shot labels; needed with --images.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    device: Annotated[Device, typer.Option(help="Where the original model runs.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="What it computes in.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Run the original model with transformers and keep inputs and outputs as a bundle."""
+    if (images is None) != (labels is None):
+        raise EdgeError("--images and --labels go together: a directory, and the labels to tell it apart by")
+    with _progress("decode images") as progress:
+        if images is not None and labels is not None:
+            named = read_labels(labels)
+            pictures = directory_pictures(images, named, progress=progress)
+            captions = named.labels
+        else:
+            pictures, captions = sample_pictures(progress), sample_labels()
+        bundle = record_reference(
+            model,
+            out,
+            pictures=pictures,
+            labels=captions,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+        )
+    _print_bundle(bundle, as_json=as_json)
+
+
+@_reference.command()
+def packing(
+    artifact: Annotated[Path, typer.Argument(help="A quantized artifact.")],
+    model: Model,
+    reference: Annotated[Path, typer.Option(help="The float reference of the same checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Bundle directory; must not exist yet.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compute what an artifact's integers should give, from the checkpoint and the plan alone."""
+    from medgemma_export.packing import record_packing  # PyTorch, which --help need not wait for
+
+    with _progress("read the checkpoint") as progress:
+        bundle = record_packing(artifact, model, reference, out, progress=progress)
+    _print_bundle(bundle, as_json=as_json)
+
+
+@_reference.command()
+def plain_onnx(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The .onnx file; must not exist yet.")],
+) -> None:
+    """Export the image tower by plain torch.onnx, a peer for medgemma-bench --against."""
+    with _progress("export with torch.onnx"):
+        export_plain_onnx(model, out)
+    typer.echo(str(out))
 
 
 def _scheme(precision: Precision, path: Path | None) -> Scheme:
@@ -90,14 +186,12 @@ def _scheme(precision: Precision, path: Path | None) -> Scheme:
     return SCHEMES[precision]
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
+@contextmanager
+def _progress(first: str) -> Iterator[Callable[[str, int, int], None]]:
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(first, total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def _print_decision(decision: Decision, *, as_json: bool) -> None:
@@ -116,6 +210,20 @@ def _print_decision(decision: Decision, *, as_json: bool) -> None:
     for (storage, reason), count in counts.items():
         table.add_row(str(count), storage, f"{sizes[storage, reason] / 1e6:.1f}", reason)
     Console().print(table)
+
+
+def _print_bundle(bundle: ReferenceBundle, *, as_json: bool) -> None:
+    record = bundle.record
+    if as_json:
+        typer.echo(
+            json.dumps({"bundle": str(bundle.directory), "sha256": bundle.sha256, "kind": record.kind})
+        )
+        return
+    producer = record.producer
+    typer.echo(
+        f"{bundle.directory}: {record.kind} reference of {record.model_id}, {len(record.images)} images, "
+        f"{len(record.labels)} labels, {producer.dtype} on {producer.device} ({producer.device_name})"
+    )
 
 
 def _print_artifact(artifact: Artifact, *, as_json: bool) -> None:

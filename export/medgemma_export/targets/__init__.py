@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from medgemma_export.models.spec import ModelSpec
 from medgemma_export.targets.onnx import OnnxTarget
 from medgemma_quantization.plan import PackedWeight, QuantPlan
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.manifest import ComponentEntry, TargetName
+
+if TYPE_CHECKING:
+    from medgemma_export.torch_ops import IntegerLinear
 
 __all__ = ["Target", "TARGETS"]
 
@@ -37,6 +40,10 @@ class Target(Protocol):
         Returns:
             The components for the manifest, and what was packed, to be held against the plan.
         """
+        ...
+
+    def integer_linear(self) -> "IntegerLinear":
+        """What the format's kernels compute where a weight is integers, for packing references."""
         ...
 
 

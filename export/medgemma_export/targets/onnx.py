@@ -12,6 +12,7 @@ Standard operators (opset 20) where they are as fast, ONNX Runtime's own where t
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +24,9 @@ from medgemma_quantization.plan import PackedWeight, QuantPlan
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import ComponentEntry, TensorSpec
+
+if TYPE_CHECKING:
+    from medgemma_export.torch_ops import IntegerLinear
 
 __all__ = ["OnnxTarget"]
 
@@ -76,6 +80,12 @@ class OnnxTarget:
                 program=program, inputs=component.inputs, outputs=component.outputs
             )
         return entries, packed
+
+    def integer_linear(self) -> "IntegerLinear":
+        """See `Target`."""
+        from medgemma_export.emulation import onnx_integer_linear
+
+        return onnx_integer_linear
 
 
 def _ending(component: Component, plan: QuantPlan) -> str:

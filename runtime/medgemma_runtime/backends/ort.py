@@ -43,6 +43,9 @@ class OrtSession:
         threads: Threads for one operator; None lets ONNX Runtime take one for each physical core.
         profile_to: Where `close` leaves ONNX Runtime's profile, JSON in Chrome's trace format with
             the time of every operator of every run. Profiling slows the runs a little.
+        exact_program: A program to run in place of the component's own, over the component's weight
+            file: its exact form, which a packing reference carries. Nothing is optimized then,
+            because ONNX Runtime would turn its float products into rounding ones again.
 
     Attributes:
         entry: The component's inputs and outputs as the manifest states them.
@@ -64,6 +67,7 @@ class OrtSession:
         *,
         threads: int | None = None,
         profile_to: Path | None = None,
+        exact_program: Path | None = None,
     ) -> None:
         import onnxruntime
 
@@ -74,10 +78,17 @@ class OrtSession:
         # Official builds report usage to Microsoft unless told otherwise.
         onnxruntime.disable_telemetry_events()
         options = _session_options(threads=threads, profile_to=profile_to)
+        source: str | bytes = str(program)
+        if exact_program is not None:
+            source = exact_program.read_bytes()
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(program.parent)
+            )
         started = time.perf_counter()
         try:
             self._session = onnxruntime.InferenceSession(
-                str(program), options, providers=["CPUExecutionProvider"]
+                source, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             # ONNX Runtime's exceptions have no common base but Exception.

@@ -3,6 +3,7 @@
 # make floor  the runtime's tests in a venv that has the thin runtime alone: no torch, transformers or onnx
 
 PYTHON ?= python3
+MODEL ?= sample:medsiglip-tiny
 OUT ?= build/demo
 
 VENV := .venv
@@ -18,8 +19,26 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  --editable ".[export,dicom,sample,bench]"
 	touch $@
 
+demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(VENV)/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/demo.sh "$(OUT)"
+	rm -rf $(OUT) && mkdir -p $(OUT)
+	for precision in fp32 int8 int4; do \
+	  medgemma-export --target onnx --model $(MODEL) --precision $$precision --out $(OUT)/$$precision || exit; \
+	done
+	medgemma-reference record --model $(MODEL) --out $(OUT)/reference
+	medgemma-parity $(OUT)/fp32 --reference $(OUT)/reference --out $(OUT)/parity-fp32.json
+	for precision in int8 int4; do \
+	  medgemma-reference packing $(OUT)/$$precision --model $(MODEL) --reference $(OUT)/reference \
+	    --out $(OUT)/packing-$$precision && \
+	  medgemma-parity $(OUT)/$$precision --reference $(OUT)/reference --reference $(OUT)/packing-$$precision \
+	    --out $(OUT)/parity-$$precision.json || exit; \
+	done
+	medgemma-reference plain-onnx --model $(MODEL) --out $(OUT)/plain.onnx
+	for precision in fp32 int8 int4; do \
+	  medgemma-bench $(OUT)/$$precision --samples --against plain=$(OUT)/plain.onnx \
+	    --out $(OUT)/latency-$$precision.json || exit; \
+	done
+	medgemma-report $(OUT)/parity-*.json $(OUT)/latency-*.json --out $(OUT)/report
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)

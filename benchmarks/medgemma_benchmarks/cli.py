@@ -1,0 +1,301 @@
+"""The command lines `medgemma-parity`, `medgemma-bench` and `medgemma-report`: parse, call, print."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from medgemma_benchmarks.bundle import open_bundle
+from medgemma_benchmarks.gates import load_gates
+from medgemma_benchmarks.latency import LatencyReport, Picture, measure_latency
+from medgemma_benchmarks.parity import check_parity
+from medgemma_benchmarks.parity_report import ParityReport
+from medgemma_benchmarks.peers import parse_peer
+from medgemma_benchmarks.results import Result, read_result, to_json
+from medgemma_benchmarks.timing import Repetition
+from medgemma_runtime.artifact import open_artifact
+from medgemma_runtime.command import CHECK_FAILED, printable, run_app
+from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.files import replacing
+from medgemma_runtime.images import load_image
+from medgemma_runtime.sample_images import LABELS, SAMPLE_IMAGES, load_sample
+
+__all__ = ["parity_main", "bench_main", "report_main"]
+
+_PARITY_EXAMPLES = """
+Examples:
+
+  medgemma-parity medsiglip-int8 --reference medsiglip-float
+
+  medgemma-parity medsiglip-int8 --reference medsiglip-float --reference int8-packing --out parity.json
+"""
+_BENCH_EXAMPLES = """
+Examples:
+
+  medgemma-bench medsiglip-int8 --threads 4 --batch 1,4 --out bench.json
+
+  medgemma-bench medsiglip-int8 --images ./films --against optimum=model.onnx --profile
+"""
+_REPORT_EXAMPLES = """
+Example:
+
+  medgemma-report parity.json bench.json --out report
+"""
+_STYLE = {"PASS": "green", "NEAR_TIE": "yellow", "FAIL": "bold red"}
+_SHOWN_OPERATORS = 8
+
+_parity = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_bench = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_report = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_ArtifactPath = Annotated[
+    Path, typer.Argument(metavar="ARTIFACT", help="Directory that medgemma-export wrote.")
+]
+_Out = Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+_Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads for one operator; the engine chooses if unset.")
+]
+
+
+def parity_main() -> int:
+    """Entry point of `medgemma-parity`; returns its exit code."""
+    return run_app(_parity)
+
+
+def bench_main() -> int:
+    """Entry point of `medgemma-bench`; returns its exit code."""
+    return run_app(_bench)
+
+
+def report_main() -> int:
+    """Entry point of `medgemma-report`; returns its exit code."""
+    return run_app(_report)
+
+
+@_parity.command(epilog=_PARITY_EXAMPLES.replace("\n\n", "\n\n\n"))
+def parity(
+    artifact: _ArtifactPath,
+    reference: Annotated[
+        list[Path], typer.Option(help="Directory that medgemma-reference wrote; repeat for more.")
+    ],
+    gates: Annotated[Path | None, typer.Option(help="A TOML file of thresholds instead of ours.")] = None,
+    threads: _Threads = None,
+    out: _Out = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Hold an artifact against recorded references. Exit code 1 when a gate fails."""
+    limits = load_gates(gates)
+    with _progress() as bar:
+        task = bar.add_task("checking files", total=None)
+        opened = open_artifact(artifact)
+        reports = []
+        for directory in reference:
+            bundle = open_bundle(directory)
+            reports.append(
+                check_parity(
+                    opened,
+                    bundle,
+                    gates=limits,
+                    threads=threads,
+                    progress=lambda what, done, total: bar.update(
+                        task, description=what, completed=done, total=total
+                    ),
+                )
+            )
+    _deliver(reports[0] if len(reports) == 1 else reports, out, as_json=as_json)
+    if not as_json:
+        for report in reports:
+            _print_parity(report)
+    if any(report.verdict == "FAIL" for report in reports):
+        raise typer.Exit(CHECK_FAILED)
+
+
+@_bench.command(epilog=_BENCH_EXAMPLES.replace("\n\n", "\n\n\n"))
+def bench(
+    artifact: _ArtifactPath,
+    images: Annotated[
+        Path | None, typer.Option(help="Directory of PNG, JPEG or DICOM files to time.")
+    ] = None,
+    samples: Annotated[
+        bool, typer.Option("--samples", help="Time the built-in pictures; so also if --images is unset.")
+    ] = False,
+    device: Annotated[Literal["cpu", "npu"], typer.Option(help="Where to run.")] = "cpu",
+    threads: _Threads = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes for throughput, as 1,4.")] = "1",
+    seconds: Annotated[float, typer.Option(min=0, help="Least time for each stage.")] = 3.0,
+    runs: Annotated[int, typer.Option(min=1, help="Least runs of each stage.")] = 20,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="An .onnx image tower to run in turns with; repeat for more."),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Share of time by operator.")] = False,
+    out: _Out = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Measure every stage of an artifact on this device: p50, p90, p99, load and memory."""
+    if images is not None and samples:
+        raise EdgeError("--images and --samples were both given; choose one")
+    opened = open_artifact(artifact)
+    if device == "npu":
+        raise EdgeError(
+            f"--device npu was asked for and {opened.manifest.target} artifacts run on the CPU only in this "
+            "version; measure with --device cpu"
+        )
+    pictures = _directory(images) if images is not None else _samples()
+    peers = [parse_peer(text) for text in against or ()]
+    batches = _batches(batch)
+    with _progress() as bar:
+        task = bar.add_task("starting", total=None)
+        report = measure_latency(
+            opened,
+            pictures,
+            list(LABELS.values()),
+            threads=threads,
+            batches=batches,
+            repetition=Repetition(seconds=seconds, min_runs=runs),
+            peers=peers,
+            profile=profile,
+            progress=lambda what: bar.update(task, description=what),
+        )
+    _deliver(report, out, as_json=as_json)
+    if not as_json:
+        _print_latency(report)
+
+
+@_report.command(epilog=_REPORT_EXAMPLES.replace("\n\n", "\n\n\n"))
+def report(
+    results: Annotated[
+        list[Path], typer.Argument(metavar="FILE.json...", help="From medgemma-parity and medgemma-bench.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for report.html and report.json.")],
+) -> None:
+    """Write one HTML page from parity and latency results, several artifacts side by side."""
+    from medgemma_benchmarks.report import write_report
+
+    page = write_report([result for path in results for result in read_result(path)], out)
+    typer.echo(printable(str(page)))
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise EdgeError(f"--batch {text!r} is no list of sizes; give it as 1,4") from None
+
+
+def _samples() -> list[Picture]:
+    return [Picture(name=sample.name, decode=partial(load_sample, sample)) for sample in SAMPLE_IMAGES]
+
+
+def _directory(directory: Path) -> list[Picture]:
+    paths = sorted(p for p in directory.glob("*") if p.is_file() and not p.name.startswith("."))
+    if not paths:
+        raise EdgeError(f"{directory} has no pictures; give a directory of PNG, JPEG or DICOM files")
+    return [Picture(name=path.name, decode=partial(load_image, path)) for path in paths]
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<40}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        yield bar
+
+
+def _deliver(results: Result | list[ParityReport], out: Path | None, *, as_json: bool) -> None:
+    text = to_json(results)
+    if out is not None:
+        with replacing(out) as stream:
+            stream.write(text.encode())
+    if as_json:
+        typer.echo(text, nl=False)
+
+
+def _print_parity(report: ParityReport) -> None:
+    reference = report.reference
+    table = Table(
+        title=printable(
+            f"{report.artifact.name} ({report.artifact.precision}) against the {reference.kind} reference, "
+            f"{reference.dtype} on {reference.device_name}"
+        ),
+        title_justify="left",
+    )
+    for heading in ("question", "of", "value", "measured", "limit", "verdict"):
+        table.add_column(heading, justify="right" if heading in ("measured", "limit") else "left")
+    for check in report.checks:
+        table.add_row(
+            check.question,
+            check.subject,
+            check.metric,
+            "none" if check.value is None else f"{check.value:.6g}",
+            check.limit,
+            Text(check.verdict, style=_STYLE[check.verdict]),
+        )
+    console = Console()
+    console.print(table)
+    for detail in dict.fromkeys(c.detail for c in report.checks if c.verdict != "PASS" and c.detail):
+        console.print(Text(printable(detail)))
+    console.print(Text(f"{report.verdict}  manifest {report.artifact.manifest_sha256}"))
+
+
+def _print_latency(report: LatencyReport) -> None:
+    device, artifact = report.device, report.artifact
+    console = Console()
+    console.print(
+        Text(
+            printable(
+                f"{artifact.name} ({artifact.precision}, {artifact.size_bytes / 1e6:.1f} MB) on "
+                f"{device.cpu}, threads: {device.threads or 'chosen by the engine'}"
+            )
+        )
+    )
+    stages = _table("stage", "runs", "min ms", "p50 ms", "p90 ms", "p99 ms")
+    for name, time in report.stages.items():
+        times = (time.min_ms, time.p50_ms, time.p90_ms, time.p99_ms)
+        stages.add_row(name, str(time.runs), *(f"{value:.2f}" for value in times))
+    console.print(stages)
+    opening = _table("fresh process", "cold load ms", "first run ms", "warm load ms", "peak MB")
+    for cost in report.processes:
+        values = (cost.cold_load_ms, cost.first_run_ms, cost.warm_load_ms, cost.peak_rss_bytes / 1e6)
+        opening.add_row(" and ".join(cost.components), *(f"{value:.1f}" for value in values))
+    console.print(opening)
+    for item in report.throughput:
+        console.print(f"batch {item.batch}: {item.images_per_second:.1f} images/s")
+    for peer in report.peers:
+        console.print(
+            Text(
+                printable(
+                    f"against {peer.name}: {peer.ratio_median:.2f} times as fast "
+                    f"({peer.ratio_min:.2f} to {peer.ratio_max:.2f} over {peer.ours.runs} pairs), "
+                    f"lowest cosine {peer.cosine_min:.6f}"
+                )
+            )
+        )
+    for component, operators in (report.profile or {}).items():
+        shares = _table(f"{component} operator", "calls", "ms", "share")
+        for operator in operators[:_SHOWN_OPERATORS]:
+            shares.add_row(
+                operator.operator, f"{operator.calls:g}", f"{operator.ms:.2f}", f"{operator.share:.0%}"
+            )
+        console.print(shares)
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table()
+    table.add_column(first)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table

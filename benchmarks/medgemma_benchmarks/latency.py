@@ -1,0 +1,326 @@
+"""How long each stage of an artifact takes on this device, and what it costs to open."""
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+
+from medgemma_benchmarks.device import DeviceDescription, describe_device
+from medgemma_benchmarks.identity import ArtifactDescription, describe_artifact
+from medgemma_benchmarks.metrics import probabilities
+from medgemma_benchmarks.peers import PeerComparison, PeerModel, compare_with_peer, open_peer
+from medgemma_benchmarks.process_cost import ProcessCost, measure_process_cost, zero_inputs
+from medgemma_benchmarks.timing import Distribution, Repetition, measure
+from medgemma_runtime.artifact import Artifact
+from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.images import normalize, preprocess, resize
+from medgemma_runtime.session import Session, open_session
+from medgemma_runtime.text import load_tokenizer
+
+__all__ = ["LatencyReport", "Picture", "Throughput", "OperatorShare", "measure_latency"]
+
+_PROFILED_RUNS = 5
+METHOD = (
+    "Each stage is warmed up and then repeated for a minimum time and a minimum count, one picture after the "
+    "other, on a monotonic clock; garbage collection is off while a stage is timed. Percentiles are measured "
+    "times (nearest rank). Load and memory come from fresh processes."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture to time: its name and how to decode it from its file to [H, W, 3] uint8."""
+
+    name: str
+    decode: Callable[[], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Images a second through the image component alone, at one batch size."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    batch: int
+    images_per_second: float
+    times: Distribution
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorShare:
+    """One kind of operator in one component: calls and time per run, and its share of all operators' time."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    operator: str
+    calls: float
+    ms: float
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyReport:
+    """Everything that was measured of one artifact on one device.
+
+    Attributes:
+        report: Tells this JSON from the parity report's.
+        artifact: Which artifact.
+        device: Which machine, and the threads asked for.
+        method: How it was measured, for the reader.
+        repetition: The minima.
+        pictures: Names of the pictures, in turn.
+        stages: Times by stage: `decode`, `resize`, `normalize`, `image` (the model), `tokenize`, `text` (the
+            model, one caption) and `end-to-end` (picture file to label probabilities, or to the embedding
+            where the artifact has no text component; label embeddings are computed before).
+        throughput: By batch size.
+        processes: Cost of opening each component alone and all together.
+        peers: Side by side with other programs.
+        profile: By component, most expensive operator first; None when not asked for.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    report: Literal["latency"] = "latency"
+    artifact: ArtifactDescription
+    device: DeviceDescription
+    method: str
+    repetition: Repetition
+    pictures: tuple[str, ...]
+    stages: dict[str, Distribution]
+    throughput: tuple[Throughput, ...]
+    processes: tuple[ProcessCost, ...]
+    peers: tuple[PeerComparison, ...]
+    profile: dict[str, tuple[OperatorShare, ...]] | None
+
+
+def measure_latency(
+    artifact: Artifact,
+    pictures: Sequence[Picture],
+    captions: Sequence[str],
+    *,
+    threads: int | None = None,
+    batches: Sequence[int] = (1,),
+    repetition: Repetition | None = None,
+    peers: Sequence[PeerModel] = (),
+    profile: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> LatencyReport:
+    """Measure every stage that this artifact has.
+
+    Args:
+        artifact: An opened artifact.
+        pictures: At least one, where the artifact has an image component.
+        captions: At least one, where it has a text component.
+        threads: Threads for one operator; None leaves the choice to the engine.
+        batches: Batch sizes for throughput.
+        repetition: How often each stage runs; None for the defaults.
+        peers: ONNX programs of the same image tower to run in turns with it.
+        profile: Also share out the engine's time by operator.
+        progress: Called with what is measured next.
+
+    Raises:
+        EdgeError: If inputs are missing, a batch size is not one the program takes, or a peer cannot run.
+    """
+    repetition = repetition if repetition is not None else Repetition()
+    say = progress if progress is not None else lambda _: None
+    names = [name for name in ("image", "text") if name in artifact.manifest.components]
+    if not names:
+        raise EdgeError(f"{artifact.directory.name} has neither an image nor a text component to measure")
+    if "image" in names and not pictures:
+        raise EdgeError("the artifact has an image component and no picture was given to time it with")
+    if "text" in names and not captions:
+        raise EdgeError("the artifact has a text component and no caption was given to time it with")
+    if peers and "image" not in names:
+        raise EdgeError(f"{artifact.directory.name} has no image component to compare with a peer")
+    _check_batches(artifact, names, batches)
+
+    # Fresh processes first, while this one is small and holds none of the artifact's files.
+    processes = []
+    for components in [[name] for name in names] + ([names] if len(names) > 1 else []):
+        say(f"opening {' and '.join(components)} in a fresh process")
+        processes.append(measure_process_cost(artifact, components, threads=threads))
+
+    stages: dict[str, Distribution] = {}
+    throughput: list[Throughput] = []
+    comparisons: list[PeerComparison] = []
+    label_embeddings = None
+    if "text" in names:
+        session = open_session(artifact, "text", threads=threads)
+        text_stages, label_embeddings = _measure_text(artifact, session, captions, repetition, say)
+        session.close()
+    if "image" in names:
+        session = open_session(artifact, "image", threads=threads)
+        stages |= _measure_image(artifact, session, pictures, label_embeddings, repetition, say)
+        pixels = _pixels(artifact, pictures)
+        for batch in batches:
+            say(f"throughput at batch {batch}")
+            throughput.append(_measure_throughput(session, pixels, batch, repetition))
+        for peer in peers:
+            say(f"in turns with {peer.name}")
+            theirs = open_peer(peer, artifact, threads=threads)
+            comparisons.append(compare_with_peer(session, theirs, peer, pixels, repetition=repetition))
+            theirs.close()
+        session.close()
+    if "text" in names:
+        stages |= text_stages
+    return LatencyReport(
+        artifact=describe_artifact(artifact),
+        device=describe_device(threads=threads),
+        method=METHOD,
+        repetition=repetition,
+        pictures=tuple(picture.name for picture in pictures),
+        stages=stages,
+        throughput=tuple(throughput),
+        processes=tuple(processes),
+        peers=tuple(comparisons),
+        profile={name: _profile(artifact, name, threads, say) for name in names} if profile else None,
+    )
+
+
+def _check_batches(artifact: Artifact, names: Sequence[str], batches: Sequence[int]) -> None:
+    if any(batch < 1 for batch in batches):
+        raise EdgeError(f"batch sizes must be at least 1 and are {', '.join(map(str, batches))}")
+    if "image" in names:
+        fixed = artifact.component("image").inputs[0].shape[0]
+        if isinstance(fixed, int) and set(batches) != {fixed}:
+            raise EdgeError(
+                f"the image component takes batches of {fixed} only and {', '.join(map(str, batches))} was "
+                f"asked for; measure with --batch {fixed}"
+            )
+
+
+def _measure_text(
+    artifact: Artifact,
+    session: Session,
+    captions: Sequence[str],
+    repetition: Repetition,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Distribution], NDArray[np.float32]]:
+    """Times of `tokenize` and `text`, and the captions' embeddings [M, D] at unit length."""
+    spec = artifact.manifest.text
+    if spec is None:
+        raise EdgeError(f"{artifact.directory.name} has a text component and no text spec; export it again")
+    tokenizer = load_tokenizer(artifact.directory, spec)
+    ids = [tokenizer.encode([caption]) for caption in captions]
+    say("timing tokenize")
+    tokenize = measure(lambda run: tokenizer.encode([captions[run % len(captions)]]), repetition)
+    say("timing text")
+    text = measure(lambda run: session.run({"input_ids": ids[run % len(ids)]}), repetition)
+    embeddings = np.concatenate([session.run({"input_ids": row})["pooler_output"] for row in ids])
+    return {"tokenize": tokenize, "text": text}, _unit(embeddings)
+
+
+def _measure_image(
+    artifact: Artifact,
+    session: Session,
+    pictures: Sequence[Picture],
+    labels: NDArray[np.float32] | None,
+    repetition: Repetition,
+    say: Callable[[str], None],
+) -> dict[str, Distribution]:
+    """Times of every stage from a picture's file to label probabilities."""
+    spec, similarity = artifact.manifest.image, artifact.manifest.similarity
+    if spec is None:
+        raise EdgeError(
+            f"{artifact.directory.name} has an image component and no image spec; export it again"
+        )
+    decoded = [picture.decode() for picture in pictures]
+    resized = [resize(rgb, spec) for rgb in decoded]
+    pixels = [normalize(rgb, spec)[None] for rgb in resized]
+    n = len(pictures)
+
+    def end_to_end(run: int) -> NDArray[np.float64]:
+        model_input = preprocess(pictures[run % n].decode(), spec)[None]
+        embedding = _unit(session.run({"pixel_values": model_input})["pooler_output"])
+        if labels is None or similarity is None:
+            return embedding.astype(np.float64)
+        return probabilities(similarity.scale * (embedding @ labels.T) + similarity.bias)
+
+    work: dict[str, Callable[[int], object]] = {
+        "decode": lambda run: pictures[run % n].decode(),
+        "resize": lambda run: resize(decoded[run % n], spec),
+        "normalize": lambda run: normalize(resized[run % n], spec),
+        "image": lambda run: session.run({"pixel_values": pixels[run % n]}),
+        "end-to-end": end_to_end,
+    }
+    stages = {}
+    for stage, run_once in work.items():
+        say(f"timing {stage}")
+        stages[stage] = measure(run_once, repetition)
+    return stages
+
+
+def _pixels(artifact: Artifact, pictures: Sequence[Picture]) -> list[NDArray[np.float32]]:
+    spec = artifact.manifest.image
+    assert spec is not None  # _measure_image has refused it
+    return [preprocess(picture.decode(), spec)[None] for picture in pictures]
+
+
+def _measure_throughput(
+    session: Session, pixels: Sequence[NDArray[np.float32]], batch: int, repetition: Repetition
+) -> Throughput:
+    inputs = np.concatenate([pixels[index % len(pixels)] for index in range(batch)])
+    times = measure(lambda _: session.run({"pixel_values": inputs}), repetition)
+    return Throughput(batch=batch, images_per_second=batch / times.p50_ms * 1e3, times=times)
+
+
+def _unit(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    with np.errstate(invalid="ignore"):  # a row without length has no unit, and takes as long
+        unit: NDArray[np.float32] = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return unit
+
+
+def _profile(
+    artifact: Artifact, name: str, threads: int | None, say: Callable[[str], None]
+) -> tuple[OperatorShare, ...]:
+    """Run one component a few times with ONNX Runtime's profiler on."""
+    from medgemma_runtime.backends.ort import OrtSession
+
+    say(f"profiling {name}")
+    with tempfile.TemporaryDirectory() as directory:
+        trace = Path(directory) / "profile.json"
+        session = OrtSession(artifact, name, threads=threads, profile_to=trace)
+        for _ in range(_PROFILED_RUNS):
+            session.run(zero_inputs(session.entry))
+        session.close()
+        return share_by_operator(json.loads(trace.read_text(encoding="utf-8")), runs=_PROFILED_RUNS)
+
+
+def share_by_operator(trace: Sequence[dict[str, object]], *, runs: int) -> tuple[OperatorShare, ...]:
+    """Add up an ONNX Runtime profile by kind of operator, most expensive first.
+
+    Args:
+        trace: Events of Chrome's trace format; those of kernels have `cat` "Node", a name that ends in
+            `_kernel_time`, a duration in microseconds and the operator's kind.
+        runs: How often the program ran, to give times of one run.
+
+    Raises:
+        EdgeError: If there is no kernel in it.
+    """
+    total_us: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    for event in trace:
+        if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time"):
+            kind = event["args"]["op_name"]  # type: ignore[index]
+            total_us[kind] += float(event["dur"])  # type: ignore[arg-type]
+            calls[kind] += 1
+    everything = sum(total_us.values())
+    if not everything:
+        raise EdgeError("the engine's profile holds no operator's time; measure without --profile")
+    ranked = sorted(total_us, key=lambda kind: -total_us[kind])
+    return tuple(
+        OperatorShare(
+            operator=kind,
+            calls=calls[kind] / runs,
+            ms=total_us[kind] / runs / 1e3,
+            share=total_us[kind] / everything,
+        )
+        for kind in ranked
+    )

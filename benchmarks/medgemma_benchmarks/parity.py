@@ -1,0 +1,364 @@
+"""Holds an artifact against a reference bundle, one question at a time.
+
+Pixels and tokens: does the runtime make the model inputs that the reference made? Then, on the *recorded*
+inputs, so that a preprocessing error can neither hide nor fake another, one of
+
+- lowering: the float artifact against the float reference,
+- packing: the quantized artifact against the reference that carries the same integers,
+- scheme: the quantized artifact against the float reference.
+
+And last, end to end: from each picture and caption, through the runtime alone, to a zero-shot label.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from medgemma_benchmarks.bundle import ReferenceBundle
+from medgemma_benchmarks.bundle_record import BundleRecord
+from medgemma_benchmarks.device import describe_device
+from medgemma_benchmarks.gates import Gates, Question, load_gates, worst
+from medgemma_benchmarks.identity import describe_artifact
+from medgemma_benchmarks.judge import Judge, compare_component, compare_zero_shot
+from medgemma_benchmarks.metrics import (
+    Choice,
+    max_abs_error,
+)
+from medgemma_benchmarks.parity_report import (
+    ComponentParity,
+    ImageParity,
+    ParityReport,
+    ZeroShotParity,
+    describe_reference,
+)
+from medgemma_runtime.artifact import Artifact
+from medgemma_runtime.backends.ort import OrtSession
+from medgemma_runtime.embed import Embedder, logits
+from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.images import normalize, resize
+from medgemma_runtime.manifest import ImageSpec, Manifest
+from medgemma_runtime.session import open_session
+from medgemma_runtime.text import load_tokenizer
+
+__all__ = ["check_parity", "ParityError", "Progress"]
+
+# Called with what is being done, steps done, and steps in all.
+Progress = Callable[[str, int, int], None]
+
+_THUMBNAIL_PIXELS = 112
+_INPUT = {"image": "pixel_values", "text": "input_ids"}
+_OUTPUT = "pooler_output"
+
+
+class ParityError(EdgeError):
+    """An artifact and a reference that cannot be compared."""
+
+
+def check_parity(
+    artifact: Artifact,
+    bundle: ReferenceBundle,
+    *,
+    gates: Gates | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Answer every question that this artifact and this reference allow.
+
+    Args:
+        artifact: An opened artifact.
+        bundle: A reference of the same checkpoint; of the same plan, where its kind is `packing`.
+        gates: The thresholds; None for those this package ships.
+        threads: Threads for one operator; None leaves the choice to the engine.
+        progress: Called before every step.
+
+    Raises:
+        ParityError: If the reference is of another checkpoint or plan, or cannot answer any question here.
+    """
+    manifest, record = artifact.manifest, bundle.record
+    question = _question(manifest, record)
+    components = _shared_components(manifest, record)
+    judge = Judge(question, manifest.precision, gates if gates is not None else load_gates())
+    asks_labels = question != "packing" and set(components) == set(_INPUT) and manifest.similarity is not None
+    # A component's recorded inputs run once, and for packing once more in its exact form.
+    passes = 2 if asks_labels or question == "packing" else 1
+    steps = _Steps(components, record, passes, progress)
+
+    if "image" in components:
+        _check_pixels(manifest, bundle, judge, steps)
+    if "text" in components:
+        _check_tokens(artifact, bundle, judge)
+
+    outputs: dict[str, NDArray[Any]] = {}
+    parities: dict[str, ComponentParity] = {}
+    rounded: dict[str, ComponentParity] = {}
+    for name in components:
+        outputs[name] = _run_recorded(artifact, name, bundle, threads, steps)
+        actual = outputs[name]
+        if question == "packing":
+            rounded[name] = compare_component(
+                actual=actual, reference=bundle.arrays[f"{name}.rounded_output"]
+            )
+            actual = _run_recorded(artifact, name, bundle, threads, steps, is_exact=True)
+        parities[name] = compare_component(actual=actual, reference=bundle.arrays[f"{name}.{_OUTPUT}"])
+        judge.component(name, parities[name], rounded.get(name))
+
+    zero_shot = images = None
+    if asks_labels and manifest.similarity is not None:
+        recorded = logits(_unit(outputs["image"]), _unit(outputs["text"]), manifest.similarity)
+        embeddings, alone = _run_end_to_end(artifact, bundle, threads, steps)
+        tie_margin = judge.gates.tie_margin_logits
+        zero_shot = {
+            "zero-shot": compare_zero_shot(
+                actual=recorded, reference=bundle.arrays["logits"], tie_margin=tie_margin
+            ),
+            "end-to-end": compare_zero_shot(
+                actual=alone, reference=bundle.arrays["logits"], tie_margin=tie_margin
+            ),
+        }
+        for where, result in zero_shot.items():
+            judge.zero_shot(where, result, [image.name for image in record.images])
+        images = _image_rows(bundle, embeddings, zero_shot["end-to-end"])
+
+    return ParityReport(
+        artifact=describe_artifact(artifact),
+        reference=describe_reference(bundle),
+        device=describe_device(threads=threads),
+        question=question,
+        verdict=worst(tuple(check.verdict for check in judge.checks)),
+        checks=tuple(judge.checks),
+        components=parities,
+        rounded=rounded,
+        zero_shot=zero_shot,
+        labels=tuple(label.name for label in record.labels),
+        captions=tuple(label.caption for label in record.labels),
+        images=images,
+    )
+
+
+def _question(manifest: Manifest, record: BundleRecord) -> Question:
+    """Which of lowering, packing and scheme this pair answers."""
+    model = manifest.model
+    if model.weights_sha256 != record.weights_sha256:
+        raise ParityError(
+            f"the artifact was made from {model.id} with weights {model.weights_sha256[:12]} and the "
+            f"reference from {record.model_id} with weights {record.weights_sha256[:12]}; "
+            "record a reference of the artifact's checkpoint"
+        )
+    if record.kind == "packing":
+        if manifest.precision not in ("int8", "int4"):
+            raise ParityError(
+                f"the artifact is {manifest.precision}, which packs no integers, and the reference is of "
+                "kind packing; compare it with a float reference"
+            )
+        if manifest.quantization.plan_sha256 != record.plan_sha256:
+            raise ParityError(
+                f"the artifact packs plan {manifest.quantization.plan_sha256[:12]} and the packing reference "
+                f"carries plan {str(record.plan_sha256)[:12]}; record the packing reference of this artifact"
+            )
+        return "packing"
+    if manifest.precision != "fp32":
+        return "scheme"
+    if record.producer.dtype != "float32":
+        raise ParityError(
+            f"the artifact is fp32 and the reference was computed in {record.producer.dtype}, which is "
+            "coarser than the error to be found; record the reference in float32"
+        )
+    return "lowering"
+
+
+def _shared_components(manifest: Manifest, record: BundleRecord) -> tuple[str, ...]:
+    recorded = record.programs if record.kind == "packing" else tuple(_INPUT)
+    names = tuple(name for name in recorded if name in manifest.components)
+    if not names:
+        raise ParityError(
+            f"the artifact has {', '.join(sorted(manifest.components))} and the reference holds "
+            f"{' and '.join(recorded)}; compare an artifact that has one of these"
+        )
+    return names
+
+
+class _Steps:
+    """Counts the rows still to run, for progress."""
+
+    def __init__(
+        self, components: Sequence[str], record: BundleRecord, passes: int, progress: Progress | None
+    ):
+        rows = {"image": len(record.images), "text": len(record.labels)}
+        self.total = passes * sum(rows[name] for name in components)
+        # Pictures are preprocessed once more.
+        self.total += rows["image"] if "image" in components else 0
+        self.done = 0
+        self.progress = progress
+
+    def take(self, what: str) -> None:
+        if self.progress is not None:
+            self.progress(what, self.done, self.total)
+        self.done += 1
+
+
+def _check_pixels(manifest: Manifest, bundle: ReferenceBundle, judge: Judge, steps: _Steps) -> None:
+    spec, record = manifest.image, bundle.record
+    if spec is None:
+        raise ParityError("the artifact has an image component and no image spec; export it again")
+    if (spec.height, spec.width) != (record.image.height, record.image.width):
+        raise ParityError(
+            f"the artifact takes pictures of {spec.height}x{spec.width} and the reference was recorded at "
+            f"{record.image.height}x{record.image.width}; record the reference of this model"
+        )
+    differing, largest, odd = 0, 0.0, []
+    for image, recorded in zip(record.images, bundle.arrays["image.pixel_values"], strict=True):
+        steps.take("preprocessing pictures")
+        resized = resize(bundle.rgb(image), spec)
+        pixels = normalize(resized, spec)
+        count = int(np.count_nonzero(resized != _as_uint8(recorded, record.image)))
+        largest = max(largest, max_abs_error(actual=pixels, reference=recorded))
+        differing += count
+        if count:
+            odd.append(image.name)
+    detail = "; ".join(filter(None, [", ".join(odd), _spec_difference(spec, record.image)]))
+    judge.values("pixels", "image", {"differing_uint8": differing, "max_abs_error": largest}, detail=detail)
+
+
+def _as_uint8(pixels: NDArray[np.float32], spec: ImageSpec) -> NDArray[np.uint8]:
+    """Undo a reference's normalization: [3, H, W] float to the [H, W, 3] uint8 it came from."""
+    mean, std = (np.array(x, dtype=np.float64)[:, None, None] for x in (spec.mean, spec.std))
+    levels = np.rint((pixels.astype(np.float64) * std + mean) / spec.rescale)
+    return np.clip(levels, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def _spec_difference(artifact: ImageSpec, reference: ImageSpec) -> str:
+    fields = ("fit", "resample", "antialias", "rounding", "rescale", "mean", "std")
+    return ", ".join(
+        f"{field}: artifact {getattr(artifact, field)}, reference {getattr(reference, field)}"
+        for field in fields
+        if getattr(artifact, field) != getattr(reference, field)
+    )
+
+
+def _check_tokens(artifact: Artifact, bundle: ReferenceBundle, judge: Judge) -> None:
+    spec = artifact.manifest.text
+    if spec is None:
+        raise ParityError("the artifact has a text component and no text spec; export it again")
+    captions = [label.caption for label in bundle.record.labels]
+    ids = load_tokenizer(artifact.directory, spec).encode(captions)
+    recorded = bundle.arrays["text.input_ids"]
+    if ids.shape != recorded.shape:
+        raise ParityError(
+            f"the runtime makes {ids.shape[1]} ids of a caption and the reference recorded "
+            f"{recorded.shape[1]}; record the reference of this model"
+        )
+    differs = ids != recorded
+    odd = [label.name for label, row in zip(bundle.record.labels, differs, strict=True) if row.any()]
+    judge.values("tokens", "text", {"differing_ids": int(np.count_nonzero(differs))}, detail=", ".join(odd))
+
+
+def _run_recorded(
+    artifact: Artifact,
+    name: str,
+    bundle: ReferenceBundle,
+    threads: int | None,
+    steps: _Steps,
+    *,
+    is_exact: bool = False,
+) -> NDArray[Any]:
+    """Outputs [N, D] of a component, or of its exact form, on the reference's own inputs."""
+    rows = []
+    # Closed before the next one opens: two towers never share the memory of a small device.
+    session = (
+        OrtSession(artifact, name, threads=threads, exact_program=bundle.program(name))
+        if is_exact
+        else open_session(artifact, name, threads=threads)
+    )
+    try:
+        for row in bundle.arrays[f"{name}.{_INPUT[name]}"]:
+            steps.take(f"running {name}{', exact form' if is_exact else ''}")
+            # One row at a time, as the reference was: run-time quantization may see the whole batch.
+            rows.append(session.run({_INPUT[name]: row[None]})[_OUTPUT])
+    finally:
+        session.close()
+    return np.concatenate(rows)
+
+
+def _run_end_to_end(
+    artifact: Artifact, bundle: ReferenceBundle, threads: int | None, steps: _Steps
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Image embeddings [N, D] and logits [N, M] of the runtime alone, from pictures and captions.
+
+    Where the runtime refuses a row, because an output is NaN, that row is NaN here too.
+    """
+    record = bundle.record
+    width = bundle.arrays[f"image.{_OUTPUT}"].shape[1]
+    image, text = [], []
+    with Embedder(artifact, threads=threads) as embedder:
+        for entry in record.images:
+            steps.take("pictures end to end")
+            image.append(_or_nan(partial(embedder.embed_images, [bundle.rgb(entry)]), width))
+        embedder.close()
+        for label in record.labels:
+            steps.take("captions end to end")
+            text.append(_or_nan(partial(embedder.embed_texts, [label.caption]), width))
+        images, texts = np.concatenate(image), np.concatenate(text)
+        return images, logits(images, texts, embedder.similarity)
+
+
+def _or_nan(embed: Callable[[], NDArray[np.float32]], width: int) -> NDArray[np.float32]:
+    try:
+        return embed()
+    except EdgeError:
+        return np.full((1, width), np.nan, dtype=np.float32)
+
+
+def _unit(embeddings: NDArray[Any]) -> NDArray[np.float32]:
+    """[N, D] at unit length; a row that has none becomes NaN, which no gate passes."""
+    rows = np.asarray(embeddings, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unit: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return unit
+
+
+def _image_rows(
+    bundle: ReferenceBundle, embeddings: NDArray[Any], zero_shot: ZeroShotParity
+) -> tuple[ImageParity, ...]:
+    rows = []
+    labels = [label.name for label in bundle.record.labels]
+    parity = compare_component(actual=embeddings, reference=bundle.arrays[f"image.{_OUTPUT}"])
+    for index, image in enumerate(bundle.record.images):
+        choice: Choice | None = zero_shot.choices[index] if zero_shot.choices is not None else None
+        wanted = int(np.argmax(zero_shot.reference_probabilities[index]))
+        rows.append(
+            ImageParity(
+                name=image.name,
+                modality=image.modality,
+                label=image.label,
+                source=image.source,
+                licence=image.licence,
+                thumbnail=_thumbnail(bundle.rgb(image)),
+                cosine=parity.cosines[index] if parity.cosines is not None else None,
+                predicted=labels[choice.actual] if choice is not None else None,
+                probability=(
+                    zero_shot.probabilities[index][choice.actual]
+                    if choice is not None and zero_shot.probabilities is not None
+                    else None
+                ),
+                reference_predicted=labels[wanted],
+                reference_probability=zero_shot.reference_probabilities[index][wanted],
+                margin=choice.margin if choice is not None else None,
+                agreement=choice.verdict if choice is not None else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _thumbnail(rgb: NDArray[np.uint8]) -> str:
+    """A small PNG as a data URI, so that a report needs no other file."""
+    picture = Image.fromarray(rgb)
+    picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -1,0 +1,216 @@
+"""What a parity check found: plain data that goes to JSON and back."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from medgemma_benchmarks.bundle import ReferenceBundle
+from medgemma_benchmarks.bundle_record import StageTiming
+from medgemma_benchmarks.device import DeviceDescription
+from medgemma_benchmarks.gates import Question, Verdict
+from medgemma_benchmarks.identity import ArtifactDescription
+from medgemma_benchmarks.metrics import Choice
+
+__all__ = [
+    "ParityReport",
+    "ReferenceDescription",
+    "Check",
+    "ComponentParity",
+    "ZeroShotParity",
+    "ImageParity",
+    "describe_reference",
+]
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceDescription:
+    """Which reference it was held against; `bundle_sha256` is the hash of `bundle.json`."""
+
+    __pydantic_config__ = _STRICT
+
+    kind: Literal["float", "packing"]
+    bundle_sha256: str
+    device: str
+    device_name: str
+    dtype: str
+    attention: str
+    image_processor: str
+    tokenizer: str
+    versions: dict[str, str]
+    timings: dict[str, StageTiming]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One value against one gate.
+
+    Attributes:
+        question: What was asked.
+        subject: A component, `zero-shot` or `end-to-end`.
+        metric: The value's name.
+        value: The value; None when it could not be computed, which fails.
+        limit: As text, such as `≤ 0.0001`.
+        verdict: Of this gate.
+        detail: What stands out, such as the images that differ.
+        reason: Why the limit is where it is.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    question: Question
+    subject: str
+    metric: str
+    value: float | None
+    limit: str
+    verdict: Verdict
+    detail: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentParity:
+    """One component's outputs on the recorded inputs.
+
+    Attributes:
+        rows: Images or captions.
+        cosines: One for each row.
+        cosine_min: The lowest of them.
+        cosine_mean: Their mean.
+        max_abs_error: Largest difference of one element.
+        relative_error: Length of the difference over length of the reference.
+        sqnr_db: In dB; None when nothing differs at all.
+        undefined: Why the values are None, such as NaN in the outputs; None when they are not.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    rows: int
+    cosines: tuple[float, ...] | None = None
+    cosine_min: float | None = None
+    cosine_mean: float | None = None
+    max_abs_error: float | None = None
+    relative_error: float | None = None
+    sqnr_db: float | None = None
+    undefined: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotParity:
+    """Labels given to images.
+
+    Attributes:
+        reference_probabilities: [N][M] softmax over the labels, of the reference's logits.
+        probabilities: The same of the artifact's; None when undefined.
+        choices: One for each image.
+        agreement: Share of images with the reference's label, without near ties; None when all are.
+        near_ties: How many were left out.
+        logit_error: Largest difference of one logit.
+        kl_mean: Mean over images of KL(reference || artifact), nats.
+        undefined: Why the values are None, if they are.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    reference_probabilities: tuple[tuple[float, ...], ...]
+    probabilities: tuple[tuple[float, ...], ...] | None = None
+    choices: tuple[Choice, ...] | None = None
+    agreement: float | None = None
+    near_ties: int
+    logit_error: float | None = None
+    kl_mean: float | None = None
+    undefined: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageParity:
+    """One picture, end to end.
+
+    Attributes:
+        name: In the bundle.
+        modality: Such as `CT`.
+        label: The label that fits it, where known.
+        source: Package and file.
+        licence: Of the picture.
+        thumbnail: A small PNG as a data URI.
+        cosine: Of the artifact's embedding with the reference's.
+        predicted: The artifact's label.
+        probability: Its softmax probability.
+        reference_predicted: The reference's label.
+        reference_probability: Its softmax probability.
+        margin: Logits between the reference's first and second label.
+        agreement: Verdict on the label.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    modality: str
+    label: str | None
+    source: str
+    licence: str
+    thumbnail: str
+    cosine: float | None
+    predicted: str | None
+    probability: float | None
+    reference_predicted: str
+    reference_probability: float
+    margin: float | None
+    agreement: Literal["SAME", "NEAR_TIE", "DIFFERENT"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """Everything that one artifact against one reference showed.
+
+    Attributes:
+        report: Tells this JSON from the latency report's.
+        artifact: Which artifact.
+        reference: Which reference, on which device and in which dtype.
+        device: Where the artifact ran.
+        question: `lowering`, `packing` or `scheme`.
+        verdict: The worst of all checks.
+        checks: Every gate.
+        components: By component; for packing, of its exact form.
+        rounded: For packing, of the shipped program against the reference that rounds as it does.
+        zero_shot: `zero-shot` from the recorded inputs, `end-to-end` from pictures and captions; None
+            when the artifact lacks a tower, and for packing, whose labels are the scheme's concern.
+        labels: Names, in the order of the columns.
+        captions: What the text tower read for each.
+        images: One row a picture; None when `zero_shot` is.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    report: Literal["parity"] = "parity"
+    artifact: ArtifactDescription
+    reference: ReferenceDescription
+    device: DeviceDescription
+    question: Question
+    verdict: Verdict
+    checks: tuple[Check, ...]
+    components: dict[str, ComponentParity]
+    rounded: dict[str, ComponentParity]
+    zero_shot: dict[str, ZeroShotParity] | None
+    labels: tuple[str, ...]
+    captions: tuple[str, ...]
+    images: tuple[ImageParity, ...] | None
+
+
+def describe_reference(bundle: ReferenceBundle) -> ReferenceDescription:
+    """The identity of a reference and what computed it."""
+    record, producer = bundle.record, bundle.record.producer
+    return ReferenceDescription(
+        kind=record.kind,
+        bundle_sha256=bundle.sha256,
+        device=producer.device,
+        device_name=producer.device_name,
+        dtype=producer.dtype,
+        attention=producer.attention,
+        image_processor=producer.image_processor,
+        tokenizer=producer.tokenizer,
+        versions=producer.versions,
+        timings=record.timings,
+    )

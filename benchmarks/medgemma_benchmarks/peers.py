@@ -1,0 +1,202 @@
+"""Side by side with another ONNX program of the same image tower: same pixels, threads, engine, in turns."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+
+from medgemma_benchmarks.metrics import cosine
+from medgemma_benchmarks.timing import Distribution, Repetition, distribution, paused_gc
+from medgemma_runtime.artifact import Artifact, sha256_file
+from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.manifest import ComponentEntry, FileEntry, TensorSpec
+from medgemma_runtime.session import Session
+
+__all__ = ["PeerModel", "PeerComparison", "parse_peer", "open_peer", "compare_with_peer"]
+
+# What exporters call the pooled output of a SigLIP tower; `image_embeds` is the same at unit length.
+_OUTPUTS = ("pooler_output", "image_embeds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerModel:
+    """An ONNX file of the image tower, made by somebody else, and a name for the report."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerComparison:
+    """The artifact and a peer, run in turns (A B A B ...), so that heat and neighbours hit both.
+
+    Attributes:
+        name: Of the peer.
+        sha256: Of the peer's .onnx file.
+        size_bytes: Of that file and of the external data beside it with its name.
+        ours: Times of the artifact's image component.
+        theirs: Times of the peer.
+        ratio_median: Median over pairs of the peer's time by ours: above 1 we are faster.
+        ratio_min: Lowest of a pair.
+        ratio_max: Highest of a pair.
+        cosine_min: Lowest cosine of the two outputs over the pictures.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: str
+    sha256: str
+    size_bytes: int
+    ours: Distribution
+    theirs: Distribution
+    ratio_median: float
+    ratio_min: float
+    ratio_max: float
+    cosine_min: float
+
+
+def parse_peer(text: str) -> PeerModel:
+    """Read `NAME=PATH` of the command line.
+
+    Raises:
+        EdgeError: If it is not of that form or there is no such .onnx file.
+    """
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise EdgeError(f"--against {text!r} is not NAME=PATH; give it as optimum=path/to/model.onnx")
+    if not path.endswith(".onnx") or not Path(path).is_file():
+        raise EdgeError(f"--against {name}: {path} is no .onnx file; give the file of an image tower")
+    return PeerModel(name=name, path=Path(path))
+
+
+def open_peer(peer: PeerModel, artifact: Artifact, *, threads: int | None) -> Session:
+    """Open a peer as if it were the artifact's image component, so that one class sets up both engines.
+
+    Raises:
+        EdgeError: If ONNX Runtime cannot load it, or it is not an image tower.
+    """
+    from medgemma_runtime.backends.ort import OrtSession
+
+    manifest = artifact.manifest
+    plan = [entry for entry in manifest.files if entry.path == manifest.quantization.plan]
+    size = peer.path.stat().st_size
+    program = FileEntry(path=peer.path.name, size_bytes=size, sha256=sha256_file(peer.path))
+    as_component = replace(
+        manifest,
+        components={"image": _signature(peer)},
+        text=None,
+        files=(*plan, program),
+    )
+    return OrtSession(Artifact(directory=peer.path.parent, manifest=as_component), "image", threads=threads)
+
+
+def _signature(peer: PeerModel) -> ComponentEntry:
+    """What a peer's program takes and gives, read from the program without preparing its kernels."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4  # what goes wrong is raised
+    try:
+        session = onnxruntime.InferenceSession(str(peer.path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no public base class
+        raise EdgeError(f"ONNX Runtime cannot load the peer {peer.name}: {error}") from None
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
+        found = ", ".join(f"{node.name} {node.type} {node.shape}" for node in inputs)
+        raise EdgeError(
+            f"the peer {peer.name} takes {found} and a comparable image tower takes one float32 "
+            "[batch, 3, height, width]; export its image tower alone"
+        )
+    pooled = [node for node in outputs if node.name in _OUTPUTS] or outputs[:1]
+    if len(outputs) > 1 and pooled[0].name not in _OUTPUTS:
+        raise EdgeError(
+            f"the peer {peer.name} has the outputs {', '.join(node.name for node in outputs)} and none is "
+            f"called {' or '.join(_OUTPUTS)}; export it with one of these names"
+        )
+    if any(node.type != "tensor(float)" for node in outputs):
+        raise EdgeError(
+            f"the peer {peer.name} has outputs that are not float32; export it with float32 outputs"
+        )
+    # The pooled output first: whoever runs a peer reads that one.
+    ordered = pooled[:1] + [node for node in outputs if node.name != pooled[0].name]
+    return ComponentEntry(
+        program=peer.path.name,
+        inputs=tuple(_spec(node) for node in inputs),
+        outputs=tuple(_spec(node) for node in ordered),
+    )
+
+
+def _spec(node: Any) -> TensorSpec:
+    # An axis that an exporter left unnamed is free.
+    shape = tuple(dim if dim else f"axis{axis}" for axis, dim in enumerate(node.shape))
+    return TensorSpec(name=node.name, dtype="float32", shape=shape, description="of a peer")
+
+
+def compare_with_peer(
+    ours: Session,
+    theirs: Session,
+    peer: PeerModel,
+    pixels: Sequence[NDArray[np.float32]],
+    *,
+    repetition: Repetition,
+) -> PeerComparison:
+    """Run both in turns on the same pictures.
+
+    Args:
+        ours: The artifact's opened image component.
+        theirs: The peer, opened by `open_peer` with as many threads.
+        peer: Its name and file.
+        pixels: Model inputs, each [1, 3, H, W].
+        repetition: How many pairs, counted as runs.
+
+    Raises:
+        EdgeError: If the peer is no image tower for these pixels, or its embeddings have another width.
+    """
+    similarity = []
+    for image in pixels:
+        actual, reference = _run(ours, image), _run(theirs, image)
+        similarity.append(float(cosine(actual=actual, reference=reference)[0]))
+    for run in range(repetition.warm_up_runs):
+        _run(ours, pixels[run % len(pixels)])
+        _run(theirs, pixels[run % len(pixels)])
+    ours_ms: list[float] = []
+    theirs_ms: list[float] = []
+    with paused_gc():
+        begin = time.perf_counter()
+        while not repetition.is_enough(len(ours_ms), time.perf_counter() - begin):
+            image = pixels[len(ours_ms) % len(pixels)]
+            start = time.perf_counter_ns()
+            _run(ours, image)
+            middle = time.perf_counter_ns()
+            _run(theirs, image)
+            end = time.perf_counter_ns()
+            ours_ms.append((middle - start) / 1e6)
+            theirs_ms.append((end - middle) / 1e6)
+    ratios = np.array(theirs_ms) / np.array(ours_ms)
+    return PeerComparison(
+        name=peer.name,
+        sha256=sha256_file(peer.path),
+        size_bytes=sum(
+            path.stat().st_size
+            for path in peer.path.parent.iterdir()
+            if path.is_file() and path.name.startswith(peer.path.name)
+        ),
+        ours=distribution(ours_ms),
+        theirs=distribution(theirs_ms),
+        ratio_median=float(np.median(ratios)),
+        ratio_min=float(ratios.min()),
+        ratio_max=float(ratios.max()),
+        cosine_min=min(similarity),
+    )
+
+
+def _run(session: Session, pixels: NDArray[np.float32]) -> NDArray[Any]:
+    """[1, 3, H, W] to the session's first output, [1, D]."""
+    entry = session.entry
+    return session.run({entry.inputs[0].name: pixels})[entry.outputs[0].name]

@@ -1,0 +1,123 @@
+"""Records what an artifact's integers compute, without the artifact's engine: a packing reference.
+
+The integers are made again from the checkpoint and the plan; nothing is read from the artifact's weight files.
+For each input the bundle holds two outputs: `exact`, with activations left float, and `rounded`, with the
+target's own rounding of activations. It also carries each program's exact form, which the device runs over
+the artifact's weight file.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_benchmarks.bundle import ReferenceBundle, ReferencePicture, open_bundle, write_bundle
+from medgemma_export.checkpoint import open_checkpoint
+from medgemma_export.exact_program import write_exact_program
+from medgemma_export.models import Component, load_model
+from medgemma_export.reference import describe_torch
+from medgemma_export.targets import TARGETS
+from medgemma_export.torch_ops import IntegerLinear, compute, weight_only
+from medgemma_quantization.plan import read_plan
+from medgemma_quantization.weights import QuantizedWeights, quantize_weights
+from medgemma_runtime.artifact import open_artifact
+from medgemma_runtime.errors import EdgeError
+
+__all__ = ["record_packing"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def record_packing(
+    artifact_directory: Path, model: str, reference: Path, out: Path, *, progress: Progress
+) -> ReferenceBundle:
+    """Compute an artifact's packing reference on the inputs of a float reference.
+
+    Args:
+        artifact_directory: The quantized artifact, for its plan and its programs.
+        model: The checkpoint it was made from.
+        reference: A float reference bundle of that checkpoint.
+        out: The bundle to create.
+        progress: Called with what is being done, steps done, and steps in all.
+
+    Raises:
+        EdgeError: If artifact, checkpoint and reference do not belong together, or `out` exists.
+    """
+    artifact = open_artifact(artifact_directory)
+    bundle = open_bundle(reference)
+    manifest, record = artifact.manifest, bundle.record
+    checkpoint = open_checkpoint(model)
+    for what, weights_sha256 in (
+        ("the checkpoint", checkpoint.weights_sha256()),
+        ("the reference", record.weights_sha256),
+    ):
+        if weights_sha256 != manifest.model.weights_sha256:
+            raise EdgeError(
+                f"{what} has weights {weights_sha256[:12]} and the artifact was made from "
+                f"{manifest.model.weights_sha256[:12]}; name the checkpoint and reference of this artifact"
+            )
+    plan = read_plan(artifact.path(manifest.quantization.plan))
+    spec = load_model(checkpoint)
+    arrays: dict[str, NDArray[np.generic]] = dict(bundle.arrays)
+    programs: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
+        weights = quantize_weights(
+            plan,
+            spec.reader(checkpoint),
+            Path(work, "weights"),
+            progress=lambda done, total: progress("quantize", done, total),
+        )
+        rounding = TARGETS[manifest.target].integer_linear()
+        for component in spec.components:
+            if component.name not in manifest.components:
+                continue
+            name = component.name
+            arrays[f"{name}.pooler_output"] = _run(component, weights, bundle, weight_only, progress)
+            arrays[f"{name}.rounded_output"] = _run(component, weights, bundle, rounding, progress)
+            programs[name] = Path(work, f"{name}.onnx")
+            write_exact_program(artifact.path(manifest.components[name].program), programs[name])
+        return write_bundle(
+            out,
+            kind="packing",
+            model_id=checkpoint.id,
+            revision=checkpoint.revision,
+            weights_sha256=record.weights_sha256,
+            plan_sha256=plan.sha256,
+            producer=describe_torch(record.producer),
+            image=record.image,
+            pictures=[
+                ReferencePicture(
+                    name=image.name,
+                    modality=image.modality,
+                    label=image.label,
+                    source=image.source,
+                    licence=image.licence,
+                    rgb=bundle.rgb(image),
+                )
+                for image in record.images
+            ],
+            labels=record.labels,
+            arrays=arrays,
+            timings=record.timings,
+            programs=programs,
+        )
+
+
+def _run(
+    component: Component,
+    weights: QuantizedWeights,
+    bundle: ReferenceBundle,
+    integer_linear: IntegerLinear,
+    progress: Progress,
+) -> NDArray[np.float32]:
+    """Every recorded input by itself, because rounding looks at everything it is given at once."""
+    [spec] = component.inputs
+    inputs = bundle.arrays[f"{component.name}.{spec.name}"]
+    outputs = []
+    for index in range(len(inputs)):
+        progress(f"compute {component.name}", index, len(inputs))
+        row = {spec.name: inputs[index : index + 1]}
+        outputs.append(compute(component, weights, row, integer_linear=integer_linear)["pooler_output"])
+    return np.concatenate(outputs)

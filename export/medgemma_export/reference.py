@@ -1,0 +1,405 @@
+"""Records what the original model computes, with transformers, as a reference bundle.
+
+The model inputs come from the reference's own image processor and tokenizer, never from our runtime, so that
+a bundle can find errors in the runtime's preprocessing too. Its rows are computed one at a time.
+"""
+
+import importlib.metadata
+import json
+import platform
+import re
+import statistics
+import string
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_benchmarks.bundle import ReferenceBundle, ReferencePicture, write_bundle
+from medgemma_benchmarks.bundle_record import Producer, ReferenceLabel, StageTiming
+from medgemma_export.checkpoint import Checkpoint, open_checkpoint
+from medgemma_runtime.errors import CheckpointError, EdgeError, missing_package
+from medgemma_runtime.manifest import ImageSpec
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "record_reference",
+    "prepare_inputs",
+    "similarity_logits",
+    "describe_torch",
+    "ReferenceInputs",
+    "Device",
+    "Dtype",
+]
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+# Called with what is being done, steps done, and steps in all.
+Progress = Callable[[str, int, int], None]
+
+# The plain implementation: every step of it is in transformers' source, and it is the same on every device.
+ATTENTION = "eager"
+# SigLIP was trained on captions padded to 64 ids and pools the last of them (transformers' SiglipTextModel).
+_TEXT_LENGTH = 64
+_PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "pillow", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceInputs:
+    """Model inputs as the reference's own processors made them.
+
+    Attributes:
+        pixel_values: [N, 3, H, W] float32.
+        input_ids: [M, 64] int64.
+        image: What the image processor was set to do.
+        image_processor: Its class.
+        tokenizer: Its class, and what was done to the text before it.
+        preprocess: Time of the image processor on one picture.
+        tokenize: Time of the tokenizer on one caption.
+    """
+
+    pixel_values: NDArray[np.float32]
+    input_ids: NDArray[np.int64]
+    image: ImageSpec
+    image_processor: str
+    tokenizer: str
+    preprocess: StageTiming
+    tokenize: StageTiming
+
+
+def record_reference(
+    model: str,
+    out: Path,
+    *,
+    pictures: Sequence[ReferencePicture],
+    labels: Sequence[ReferenceLabel],
+    revision: str | None = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    progress: Progress | None = None,
+) -> ReferenceBundle:
+    """Run the original model on pictures and captions and keep what went in and what came out.
+
+    Args:
+        model: What `open_checkpoint` takes; it must be a SiglipModel.
+        out: The directory to create.
+        pictures: In the order to record them.
+        labels: Likewise.
+        revision: Commit, for a hub id.
+        device: Where to run. CUDA computes float32 in full, without TF32.
+        dtype: Floating type of weights and activations; the recorded arrays are float32 in any case.
+        progress: Called before every step.
+
+    Raises:
+        EdgeError: If there is no CUDA device, a package is missing, or `out` exists.
+        CheckpointError: If the checkpoint is no SiglipModel or lacks a processor's file.
+    """
+    if out.exists():
+        raise EdgeError(f"{out} exists; remove it or choose another place for the reference")
+    device_name = _device_name(device)
+    checkpoint = open_checkpoint(model, revision=revision)
+    inputs = prepare_inputs(checkpoint, pictures, labels)
+    reference = _load_model(checkpoint, device, dtype)
+
+    steps = _Steps(len(pictures) + len(labels), progress)
+    image, image_timing = _run_rows(
+        lambda row: reference.get_image_features(pixel_values=row.to(reference.dtype)),
+        inputs.pixel_values,
+        device,
+        steps.named("running image"),
+    )
+    text, text_timing = _run_rows(
+        lambda row: reference.get_text_features(input_ids=row),
+        inputs.input_ids,
+        device,
+        steps.named("running text"),
+    )
+    return write_bundle(
+        out,
+        kind="float",
+        model_id=checkpoint.id,
+        revision=checkpoint.revision,
+        weights_sha256=checkpoint.weights_sha256(),
+        plan_sha256=None,
+        producer=_describe_producer(inputs, device=device, device_name=device_name, dtype=dtype),
+        image=inputs.image,
+        pictures=pictures,
+        labels=labels,
+        arrays={
+            "image.pixel_values": inputs.pixel_values,
+            "image.pooler_output": _float32(image),
+            "text.input_ids": inputs.input_ids,
+            "text.pooler_output": _float32(text),
+            "logits": _float32(similarity_logits(reference, image, text)),
+        },
+        timings={
+            "preprocess": inputs.preprocess,
+            "tokenize": inputs.tokenize,
+            "image": image_timing,
+            "text": text_timing,
+        },
+    )
+
+
+def prepare_inputs(
+    checkpoint: Checkpoint, pictures: Sequence[ReferencePicture], labels: Sequence[ReferenceLabel]
+) -> ReferenceInputs:
+    """Make model inputs with transformers' own processors, from the checkpoint's files.
+
+    Raises:
+        CheckpointError: If the checkpoint is no SiglipModel or lacks a processor's file.
+        EdgeError: If a caption is longer than the model takes.
+    """
+    transformers = _transformers()
+    if checkpoint.config.get("architectures", ["SiglipModel"]) != ["SiglipModel"]:
+        raise CheckpointError(
+            f"{checkpoint.id} is {checkpoint.config.get('architectures')} and a reference is recorded of a "
+            "SiglipModel; give a MedSigLIP checkpoint"
+        )
+    checkpoint.file("preprocessor_config.json")
+    # The Pillow class by name: the torchvision one folds the rescaling into mean and std and rounds so.
+    processor = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint.directory)
+    pixels, preprocess = _timed(
+        lambda picture: processor(images=picture.rgb, return_tensors="np")["pixel_values"], pictures
+    )
+    tokenizer, tokenizer_name = _open_tokenizer(checkpoint)
+    ids, tokenize = _timed(tokenizer, [label.caption for label in labels])
+    for label, row in zip(labels, ids, strict=True):
+        if row.shape[1] != _TEXT_LENGTH:
+            raise EdgeError(
+                f"the caption of label {label.name!r} makes {row.shape[1]} ids and the model takes "
+                f"{_TEXT_LENGTH}; shorten it"
+            )
+    return ReferenceInputs(
+        pixel_values=np.concatenate(pixels).astype(np.float32),
+        input_ids=np.concatenate(ids).astype(np.int64),
+        image=_image_spec(processor),
+        image_processor=f"transformers {type(processor).__name__}",
+        tokenizer=tokenizer_name,
+        preprocess=preprocess,
+        tokenize=tokenize,
+    )
+
+
+def _describe_producer(
+    inputs: ReferenceInputs, *, device: Device, device_name: str, dtype: Dtype
+) -> Producer:
+    """The record of what computed a bundle."""
+    return Producer(
+        device=device,
+        device_name=device_name,
+        dtype=dtype,
+        attention=ATTENTION,
+        image_processor=inputs.image_processor,
+        tokenizer=inputs.tokenizer,
+        versions=_versions(),
+    )
+
+
+def describe_torch(inputs_by: Producer) -> Producer:
+    """The record of outputs that `TorchOps` computed on this machine's CPU, in float32.
+
+    Args:
+        inputs_by: Who made the model inputs: its image processor and tokenizer stay on record.
+    """
+    return replace(
+        inputs_by,
+        device="cpu",
+        device_name=_device_name("cpu"),
+        dtype="float32",
+        attention="TorchOps",
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {"python": platform.python_version()} | found
+
+
+def similarity_logits(model: Any, image: "torch.Tensor", text: "torch.Tensor") -> "torch.Tensor":
+    """The logits that SiglipModel's own `forward` makes of pooled outputs.
+
+    The towers are replaced by what they returned for each row alone, so that normalization, scale and bias
+    are transformers' code and no tower runs twice. `model` is not usable afterwards.
+
+    Shapes:
+        image: [N, D]
+        text: [M, D]
+        result: [N, M]
+    """
+    import torch
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    class Recorded(torch.nn.Module):
+        def __init__(self, pooled: torch.Tensor):
+            super().__init__()
+            self.pooled = pooled
+
+        def forward(self, **_: object) -> BaseModelOutputWithPooling:
+            return BaseModelOutputWithPooling(pooler_output=self.pooled)
+
+    model.vision_model, model.text_model = Recorded(image), Recorded(text)
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=None, pixel_values=None).logits_per_image
+    return logits
+
+
+def _device_name(device: Device) -> str:
+    """The product's name of the device.
+
+    Raises:
+        EdgeError: If it is `cuda` and torch can use none.
+    """
+    from medgemma_benchmarks.device import describe_device
+
+    if device == "cpu":
+        return describe_device(threads=None).cpu
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EdgeError(
+            "device cuda was asked for and this machine has no CUDA device that torch can use; "
+            "record on the CPU with --device cpu, or on a machine with one"
+        )
+    return torch.cuda.get_device_name(0)
+
+
+def _load_model(checkpoint: Checkpoint, device: Device, dtype: Dtype) -> Any:
+    import torch
+
+    # TF32 would keep 10 bits of each float32 product. cuDNN convolutions, such as the patch embedding, use it
+    # unless told otherwise.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    model = _transformers().SiglipModel.from_pretrained(
+        checkpoint.directory, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
+    )
+    return model.eval().to(device)
+
+
+def _open_tokenizer(checkpoint: Checkpoint) -> tuple[Callable[[str], NDArray[np.int64]], str]:
+    """The reference tokenizer of one caption to [1, 64] ids, and its description.
+
+    With `spiece.model` it is transformers' SiglipTokenizer, which does as SigLIP's training did. A checkpoint
+    that has only `tokenizer.json` is read by the fast tokenizer, whose own normalizer keeps `/`, `<` and `>`;
+    so the text is canonicalized as SiglipTokenizer does before it gets there.
+    """
+    transformers = _transformers()
+    if (checkpoint.directory / "spiece.model").is_file():
+        tokenizer = transformers.SiglipTokenizer.from_pretrained(checkpoint.directory)
+        return _padded(tokenizer), "transformers SiglipTokenizer (slow, spiece.model)"
+    checkpoint.file("tokenizer.json")
+    settings = json.loads(checkpoint.file("tokenizer_config.json").read_text(encoding="utf-8"))
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(checkpoint.file("tokenizer.json")),
+        **{key: settings[key] for key in ("eos_token", "pad_token", "unk_token") if key in settings},
+    )
+    encode = _padded(fast)
+    return (
+        lambda text: encode(canonicalize(text)),
+        "transformers PreTrainedTokenizerFast (tokenizer.json), after SiglipTokenizer's canonicalization",
+    )
+
+
+def _padded(tokenizer: Any) -> Callable[[str], NDArray[np.int64]]:
+    return lambda text: tokenizer(
+        [text], padding="max_length", max_length=_TEXT_LENGTH, truncation=False, return_tensors="np"
+    )["input_ids"]
+
+
+def canonicalize(text: str) -> str:
+    """What transformers' SiglipTokenizer.canonicalize_text does (from big_vision's prompt_engineering.py)."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _image_spec(processor: Any) -> ImageSpec:
+    resample: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+    mean, std = (tuple(float(x) for x in values) for values in (processor.image_mean, processor.image_std))
+    return ImageSpec(
+        name="siglip-reference",
+        height=processor.size["height"],
+        width=processor.size["width"],
+        fit="stretch",
+        resample=resample[int(processor.resample)],
+        antialias=True,
+        rounding="nearest",
+        rescale=float(processor.rescale_factor),
+        mean=mean,  # type: ignore[arg-type]
+        std=std,  # type: ignore[arg-type]
+        source=f"transformers {importlib.metadata.version('transformers')} {type(processor).__name__}",
+    )
+
+
+class _Steps:
+    """Counts rows, for progress."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.done, self.total, self.progress = 0, total, progress
+
+    def named(self, what: str) -> Callable[[], None]:
+        def take() -> None:
+            if self.progress is not None:
+                self.progress(what, self.done, self.total)
+            self.done += 1
+
+        return take
+
+
+def _run_rows(
+    tower: Callable[["torch.Tensor"], Any],
+    rows: NDArray[Any],
+    device: Device,
+    step: Callable[[], None],
+) -> tuple["torch.Tensor", StageTiming]:
+    """[N, ...] inputs to [N, D] pooled outputs, one row at a time, and the median time of a row."""
+    import torch
+
+    tensors = [torch.from_numpy(row[None]).to(device) for row in rows]
+
+    def run(row: torch.Tensor) -> torch.Tensor:
+        pooled: torch.Tensor = tower(row).pooler_output
+        if device == "cuda":
+            torch.cuda.synchronize()  # kernels run on after the call returns
+        return pooled
+
+    outputs, times = [], []
+    with torch.inference_mode():
+        run(tensors[0])  # the first call allocates and picks kernels
+        for row in tensors:
+            step()
+            start = time.perf_counter()
+            outputs.append(run(row))
+            times.append(time.perf_counter() - start)
+    return torch.cat(outputs), StageTiming(p50_ms=statistics.median(times) * 1e3, runs=len(times))
+
+
+def _timed(work: Callable[[Any], Any], items: Sequence[Any]) -> tuple[list[Any], StageTiming]:
+    results, times = [], []
+    for item in items:
+        start = time.perf_counter()
+        results.append(work(item))
+        times.append(time.perf_counter() - start)
+    return results, StageTiming(p50_ms=statistics.median(times) * 1e3, runs=len(times))
+
+
+def _float32(tensor: "torch.Tensor") -> NDArray[np.float32]:
+    return tensor.float().cpu().numpy()
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise missing_package("transformers", extra="export", purpose="record a reference") from None
+    # It warns of token ids that SiglipModel never reads, and draws a progress bar over ours.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers

@@ -1,0 +1,178 @@
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medgemma_benchmarks.bundle import open_bundle
+from medgemma_benchmarks.bundle_record import BundleError
+from tests.benchmarks.tiny_bundle import (
+    LABELS,
+    PICTURES,
+    PRODUCER,
+    arrays_of,
+    tiny_opened,
+    write_packing_bundle,
+    write_tiny_bundle,
+)
+
+pytest.importorskip("safetensors")
+
+
+def edit_record(directory: Path, **changes: object) -> None:
+    path = directory / "bundle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    written = write_tiny_bundle(tmp_path / "reference")
+    opened = open_bundle(tmp_path / "reference")
+    assert opened.record == written.record
+    assert opened.record.producer == PRODUCER
+    assert opened.record.labels == LABELS
+    for name, array in arrays_of(PICTURES).items():
+        np.testing.assert_array_equal(opened.arrays[name], array)
+        assert opened.arrays[name].dtype == array.dtype
+    for image, picture in zip(opened.record.images, PICTURES, strict=True):
+        np.testing.assert_array_equal(opened.rgb(image), picture.rgb)
+        assert image.sha256 == hashlib.sha256(picture.rgb.tobytes()).hexdigest()
+    assert opened.sha256 == hashlib.sha256((tmp_path / "reference/bundle.json").read_bytes()).hexdigest()
+    assert [path.name for path in tmp_path.iterdir()] == ["reference"]
+
+
+def test_an_existing_place_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "reference").mkdir()
+    with pytest.raises(BundleError, match="exists"):
+        write_tiny_bundle(tmp_path / "reference")
+    assert list((tmp_path / "reference").iterdir()) == []
+
+
+def test_an_interrupted_recording_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_tiny_bundle(tmp_path / "reference")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"logits": np.zeros((3, 2), np.float32)}, r"logits must be float32 \[N, M\] = \[3, 3\]"),
+        ({"logits": np.zeros((3, 3))}, "is float64"),
+        ({"text.input_ids": np.zeros((3, 64), np.int32)}, "text.input_ids must be int64"),
+        ({"image.pixel_values": np.zeros((3, 3, 8, 16), np.float32)}, r"\[3, 3, 16, 16\]"),
+        ({"text.pooler_output": np.zeros((3, 11), np.float32)}, r"= \[3, 12\] and is float32 \[3, 11\]"),
+        ({"image.pooler_output": np.full((3, 12), np.nan, np.float32)}, "36 values that are NaN"),
+        ({"image.hidden": np.zeros(3, np.float32)}, "unknown: image.hidden"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_not_written(tmp_path: Path, arrays, words: str) -> None:
+    with pytest.raises(BundleError, match=words):
+        write_tiny_bundle(tmp_path / "reference", arrays=arrays)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_must_be_unique_and_fit_a_file(tmp_path: Path) -> None:
+    twice = (PICTURES[0], PICTURES[0], PICTURES[2])
+    with pytest.raises(BundleError, match="image names must be unique"):
+        write_tiny_bundle(tmp_path / "reference", pictures=twice)
+    for name in ("../red", "a\\b", ".hidden", "c:red"):
+        pictures = (replace(PICTURES[0], name=name), *PICTURES[1:])
+        with pytest.raises(BundleError, match="cannot be a file name"):
+            write_tiny_bundle(tmp_path / "reference", pictures=pictures)
+
+
+def test_only_a_packing_reference_names_a_plan(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="packing reference names its plan"):
+        write_tiny_bundle(tmp_path / "reference", kind="packing")
+    with pytest.raises(BundleError, match="float reference has none"):
+        write_tiny_bundle(tmp_path / "reference", plan_sha256="1" * 64)
+
+
+def test_a_packing_reference_carries_rounded_outputs_and_exact_programs(tmp_path: Path) -> None:
+    artifact = tiny_opened(tmp_path / "artifact", precision="int8")
+    with pytest.raises(BundleError, match="packing reference has exact programs"):
+        write_tiny_bundle(tmp_path / "reference", kind="packing", plan_sha256="1" * 64)
+    with pytest.raises(BundleError, match=r"missing or unknown: text\.rounded_output"):
+        write_packing_bundle(
+            tmp_path / "reference", artifact, programs={"image": artifact.directory / "image.onnx"}
+        )
+    bundle = write_packing_bundle(tmp_path / "reference", artifact)
+    assert bundle.record.programs == ("image", "text")
+    for name in bundle.record.programs:
+        assert bundle.program(name).read_bytes() == (artifact.directory / f"{name}.onnx").read_bytes()
+    bundle.program("text").write_bytes(b"another program")
+    with pytest.raises(BundleError, match=r"programs/text\.onnx in reference is truncated or altered"):
+        open_bundle(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("name", ["arrays.safetensors", "images/green.png"])
+def test_a_flipped_bit_a_cut_and_a_missing_file_are_found(tmp_path: Path, name: str) -> None:
+    write_tiny_bundle(tmp_path / "reference")
+    path = tmp_path / "reference" / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BundleError, match=f"{name} in reference is truncated or altered"):
+        open_bundle(tmp_path / "reference")
+    path.write_bytes(content[:-1])
+    with pytest.raises(BundleError, match="truncated or altered"):
+        open_bundle(tmp_path / "reference")
+    path.unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing from reference"):
+        open_bundle(tmp_path / "reference")
+
+
+def test_a_file_that_is_not_listed_is_refused(tmp_path: Path) -> None:
+    write_tiny_bundle(tmp_path / "reference")
+    (tmp_path / "reference/notes.txt").write_text("?")
+    with pytest.raises(BundleError, match=r"notes\.txt is in reference and not in its bundle\.json"):
+        open_bundle(tmp_path / "reference")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"schema_version": 2}, "schema version 2 and this program reads version 1"),
+        ({"schema_version": None}, "schema version None"),
+        ({"kind": "guess"}, "not to the schema: kind"),
+        ({"extra": 1}, "not to the schema: extra"),
+        ({"labels": []}, "label names must be unique and at least one"),
+        ({"files": []}, "does not list the files it needs"),
+        ({"timings": {"image": {"p50_ms": float("nan"), "runs": 1}}}, "not to the schema: timings"),
+    ],
+)
+def test_a_record_that_is_not_to_the_schema_is_refused(tmp_path: Path, changes, words: str) -> None:
+    write_tiny_bundle(tmp_path / "reference")
+    edit_record(tmp_path / "reference", **changes)
+    with pytest.raises(BundleError, match=words):
+        open_bundle(tmp_path / "reference")
+
+
+def test_what_is_no_bundle_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"has no bundle\.json"):
+        open_bundle(tmp_path)
+    for content in ("[]", "{", "\udcff"):
+        (tmp_path / "bundle.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(BundleError, match="not a JSON object"):
+            open_bundle(tmp_path)
+
+
+def test_a_record_whose_arrays_are_of_another_one_is_refused(tmp_path: Path) -> None:
+    write_tiny_bundle(tmp_path / "reference")
+    record = json.loads((tmp_path / "reference/bundle.json").read_text())
+    edit_record(tmp_path / "reference", labels=record["labels"][:2])
+    with pytest.raises(BundleError, match=r"text.input_ids must be int64 \[M, L\] = \[2, 64\]"):
+        open_bundle(tmp_path / "reference")
+
+
+def test_pixels_of_another_picture_are_found(tmp_path: Path) -> None:
+    opened = write_tiny_bundle(tmp_path / "reference")
+    stranger = replace(opened.record.images[0], sha256="0" * 64)
+    with pytest.raises(BundleError, match=r"images/red\.png do not have the recorded SHA-256"):
+        opened.rgb(stranger)

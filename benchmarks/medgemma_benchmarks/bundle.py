@@ -183,7 +183,7 @@ def write_bundle(
             (temporary / folder).mkdir(parents=True)
         save_file({name: np.ascontiguousarray(arrays[name]) for name in arrays}, temporary / _ARRAYS)
         for picture in pictures:
-            Image.fromarray(picture.rgb).save(temporary / _png(picture.name), optimize=True)
+            Image.fromarray(picture.rgb).save(temporary / _png(picture.name), compress_level=1)
         for component, path in (programs or {}).items():
             shutil.copyfile(path, temporary / _program(component))
         files = tuple(

@@ -19,9 +19,10 @@ from medgemma_benchmarks.peers import PeerComparison, PeerModel, compare_with_pe
 from medgemma_benchmarks.process_cost import ProcessCost, measure_process_cost, zero_inputs
 from medgemma_benchmarks.timing import Distribution, Repetition, measure
 from medgemma_runtime.artifact import Artifact
+from medgemma_runtime.backends import open_session
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.images import normalize, preprocess, resize
-from medgemma_runtime.session import Session, open_session
+from medgemma_runtime.session import Session
 from medgemma_runtime.text import load_tokenizer
 
 __all__ = ["LatencyReport", "Picture", "Throughput", "OperatorShare", "measure_latency"]

@@ -38,12 +38,12 @@ from medgemma_benchmarks.parity_report import (
     describe_reference,
 )
 from medgemma_runtime.artifact import Artifact
+from medgemma_runtime.backends import open_session
 from medgemma_runtime.backends.ort import OrtSession
 from medgemma_runtime.embed import Embedder, logits
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.images import normalize, resize
 from medgemma_runtime.manifest import ImageSpec, Manifest
-from medgemma_runtime.session import open_session
 from medgemma_runtime.text import load_tokenizer
 
 __all__ = ["check_parity", "ParityError", "Progress"]

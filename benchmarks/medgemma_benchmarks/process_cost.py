@@ -20,9 +20,10 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
 from medgemma_runtime.artifact import Artifact, open_artifact
+from medgemma_runtime.backends import open_session
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import ComponentEntry
-from medgemma_runtime.session import Session, open_session
+from medgemma_runtime.session import Session
 
 __all__ = ["ProcessCost", "measure_process_cost", "peak_rss_bytes", "zero_inputs"]
 

@@ -7,6 +7,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from medgemma_export.models import ModelSpec, load_model
+from medgemma_export.package import Package, open_package, require_free_bytes
+from medgemma_export.recipe import Recipe
+from medgemma_export.targets import TARGETS
 from medgemma_quantization.plan import QuantPlan, compare_packed, make_plan
 from medgemma_quantization.weights import quantize_weights
 from medgemma_runtime.artifact import Artifact
@@ -18,12 +23,6 @@ from medgemma_runtime.manifest import (
     ModelInfo,
     QuantizationSummary,
 )
-
-from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoint
-from medgemma_export.models import ModelSpec, load_model
-from medgemma_export.package import Package, open_package, require_free_bytes
-from medgemma_export.recipe import Recipe
-from medgemma_export.targets import TARGETS
 
 __all__ = ["Decision", "Progress", "build", "decide"]
 

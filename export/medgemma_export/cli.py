@@ -47,11 +47,12 @@ Examples:
   medgemma-reference packing medsiglip-int8 --model google/medsiglip-448 --reference reference --out packing
 """
 
-_export = typer.Typer(add_completion=False, rich_markup_mode="rich")
+_export = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 _reference = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     no_args_is_help=True,
+    pretty_exceptions_enable=False,
     help="Record what the original model computes, to hold artifacts against.",
     epilog=_REFERENCE_EXAMPLES.replace("\n\n", "\n\n\n"),
 )

@@ -4,9 +4,10 @@ A packing reference must round activations as the target does, or the rounding w
 """
 
 import torch
-from medgemma_quantization.affine import QuantizedTensor
 from torch import Tensor
 from torch.nn import functional
+
+from medgemma_quantization.affine import QuantizedTensor
 
 __all__ = ["onnx_integer_linear"]
 
@@ -14,17 +15,22 @@ __all__ = ["onnx_integer_linear"]
 def onnx_integer_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """`DynamicQuantizeMatMul` for int8 per channel, `MatMulNBits` at accuracy level 4 for int4 in blocks.
 
+    Every row of the batch is rounded as a run of its own: the runtime gives integer programs one image at a
+    time, because `DynamicQuantizeMatMul` looks at its whole input.
+
     Shapes:
-        x: [..., inputs] float32, the whole tensor that one run of the program sees
-        result: [..., outputs] float32
+        x: [B, ..., inputs] float32
+        result: [B, ..., outputs] float32
     """
     return _block_linear(x, weight) if weight.storage.block else _tensor_linear(x, weight)
 
 
 def _tensor_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
-    """One uint8 range for the whole of `x`, zero included (ONNX operator DynamicQuantizeLinear)."""
-    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    scale = (high - low) / 255 if high > low else torch.ones(())
+    """One uint8 range for each row of the batch, zero included (ONNX operator DynamicQuantizeLinear)."""
+    axes = tuple(range(1, x.ndim))
+    low = x.amin(axes, keepdim=True).clamp(max=0)
+    high = x.amax(axes, keepdim=True).clamp(min=0)
+    scale = torch.where(high > low, (high - low) / 255, 1)
     zero = (-low / scale).clamp(0, 255).round()
     rounded = (x / scale).round().add(zero).clamp(0, 255) - zero
     # float64 holds every sum of integer products exactly.

@@ -4,9 +4,7 @@ Work happens in a hidden sibling of the destination, `.NAME.partial`; the last s
 was interrupted finds its integers there and goes on; one of another checkpoint or plan starts afresh.
 """
 
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from medgemma_benchmarks.process_cost import peak_rss_bytes
 from medgemma_runtime.artifact import Artifact, sha256_file
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import BuildInfo, FileEntry, Manifest, write_manifest
 
-__all__ = ["Package", "open_package", "require_free_bytes", "peak_rss_bytes"]
+__all__ = ["Package", "open_package", "require_free_bytes"]
 
 _TOOLS = ("medgemma-edge", "numpy", "onnx-ir", "transformers")
 
@@ -116,9 +116,3 @@ def require_free_bytes(out: Path, needed: int) -> None:
             f"the export needs about {needed / 1e9:.1f} GB of disk (integers and programs) and "
             f"{free / 1e9:.1f} GB are free at {out.parent}; free some space or name another --out"
         )
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

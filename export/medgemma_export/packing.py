@@ -1,9 +1,9 @@
 """Records what an artifact's integers compute, without the artifact's engine: a packing reference.
 
-The integers are made again from the checkpoint and the plan; nothing is read from the artifact's weight files.
-For each input the bundle holds two outputs: `exact`, with activations left float, and `rounded`, with the
-target's own rounding of activations. It also carries each program's exact form, which the device runs over
-the artifact's weight file.
+The integers are made again from the checkpoint and the plan; nothing is read from the artifact's weight
+files. For each input the bundle holds two outputs: `pooler_output`, with activations left float, and
+`rounded_output`, with the target's own rounding of activations. It also carries each program's exact form,
+which the device runs over the artifact's weight file.
 """
 
 import tempfile
@@ -26,6 +26,9 @@ from medgemma_runtime.artifact import open_artifact
 from medgemma_runtime.errors import EdgeError
 
 __all__ = ["record_packing"]
+
+# MedSigLIP's widest activation, [8, 1024, 4304], takes 280 MB in the float64 that exact sums need.
+_ROWS_AT_ONCE = 8
 
 Progress = Callable[[str, int, int], None]
 
@@ -112,12 +115,12 @@ def _run(
     integer_linear: IntegerLinear,
     progress: Progress,
 ) -> NDArray[np.float32]:
-    """Every recorded input by itself, because rounding looks at everything it is given at once."""
+    """All recorded inputs, a few at a time: each reading of the weights serves several."""
     [spec] = component.inputs
     inputs = bundle.arrays[f"{component.name}.{spec.name}"]
     outputs = []
-    for index in range(len(inputs)):
-        progress(f"compute {component.name}", index, len(inputs))
-        row = {spec.name: inputs[index : index + 1]}
-        outputs.append(compute(component, weights, row, integer_linear=integer_linear)["pooler_output"])
+    for start in range(0, len(inputs), _ROWS_AT_ONCE):
+        progress(f"compute {component.name}", start, len(inputs))
+        rows = {spec.name: inputs[start : start + _ROWS_AT_ONCE]}
+        outputs.append(compute(component, weights, rows, integer_linear=integer_linear)["pooler_output"])
     return np.concatenate(outputs)

@@ -1,4 +1,4 @@
-"""The peer that every engineer would try first: transformers' module through `torch.onnx.export`, as it is."""
+"""The peer that every engineer would try first: transformers' module through plain `torch.onnx.export`."""
 
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from medgemma_quantization.plan import Role, WeightSpec
-
 from medgemma_export.ops import (
     Activation,
     Heads,
@@ -13,6 +11,7 @@ from medgemma_export.ops import (
     PatchEmbedding,
     Table,
 )
+from medgemma_quantization.plan import Role, WeightSpec
 
 __all__ = ["PlanOps"]
 

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from medgemma_export.targets import TARGETS
 from medgemma_quantization.scheme import Scheme
 from medgemma_runtime.manifest import TargetName
-
-from medgemma_export.targets import TARGETS
 
 __all__ = ["Recipe"]
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from medgemma_quantization.affine import QuantizedTensor
-from medgemma_quantization.weights import QuantizedWeights
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from medgemma_export.models.spec import Component
 from medgemma_export.ops import Activation, Heads, LayerNorm, Linear, Parameter, PatchEmbedding, Table
+from medgemma_quantization.affine import QuantizedTensor
+from medgemma_quantization.weights import QuantizedWeights
 
 __all__ = ["TorchOps", "IntegerLinear", "compute", "weight_only"]
 

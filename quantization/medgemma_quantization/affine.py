@@ -129,7 +129,7 @@ def _pair_sums(values: NDArray[Any]) -> NDArray[Any]:
     """Magnitudes of inputs 0 and 1, 2 and 3, ... added up, along the last axis."""
     magnitudes = np.abs(values)
     even, odd = magnitudes[..., 0::2], magnitudes[..., 1::2]
-    sums = even.copy()
+    sums: NDArray[Any] = even.copy()
     sums[..., : odd.shape[-1]] += odd
     return sums
 

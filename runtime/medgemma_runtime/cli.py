@@ -30,6 +30,8 @@ _BYTES_PER_MB = 1_000_000
 
 app = typer.Typer(
     help="Runs an artifact that medgemma-export made. Not for diagnosis.",
+    epilog='Example: medgemma-run classify out/medsiglip-int8 chest.dcm --label "a chest radiograph" '
+    '--label "a head CT"',
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_runtime.artifact import Artifact
+from medgemma_runtime.backends import open_session
 from medgemma_runtime.errors import ArtifactError, EdgeError, TextError
 from medgemma_runtime.images import preprocess
 from medgemma_runtime.manifest import Similarity
-from medgemma_runtime.session import Session, open_session
+from medgemma_runtime.session import Session
 from medgemma_runtime.text import Tokenize, load_tokenizer
 
 __all__ = ["Embedder", "ZeroShot", "zero_shot", "logits", "top_k"]

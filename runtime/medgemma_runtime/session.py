@@ -6,11 +6,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import ComponentEntry
 
-__all__ = ["Session", "open_session", "check_inputs"]
+__all__ = ["Session", "check_inputs"]
 
 
 class Session(Protocol):
@@ -38,28 +37,6 @@ class Session(Protocol):
     def close(self) -> None:
         """Free the component's memory; `run` may not be called afterwards."""
         ...
-
-
-def open_session(artifact: Artifact, component: str, *, threads: int | None = None) -> Session:
-    """Load one component with the engine of the artifact's target.
-
-    Args:
-        artifact: An opened artifact.
-        component: A name from its manifest, such as `image`.
-        threads: Threads for one operator; None leaves the choice to the engine.
-
-    Raises:
-        ArtifactError: If there is no such component, or its program cannot be loaded.
-        EdgeError: If this machine has no engine for the target.
-    """
-    if artifact.manifest.target == "onnx":
-        from medgemma_runtime.backends.ort import OrtSession
-
-        return OrtSession(artifact, component, threads=threads)
-    raise EdgeError(
-        f"target {artifact.manifest.target!r} has no engine in this version of the runtime; "
-        "export the model with --target onnx"
-    )
 
 
 def check_inputs(entry: ComponentEntry, inputs: Mapping[str, NDArray[Any]]) -> None:

@@ -8,9 +8,9 @@ from medgemma_benchmarks.latency import Picture, measure_latency, share_by_opera
 from medgemma_benchmarks.peers import PeerModel, compare_with_peer, open_peer, parse_peer
 from medgemma_benchmarks.results import read_result, to_json
 from medgemma_benchmarks.timing import Repetition
+from medgemma_runtime.backends import open_session
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import ComponentEntry
-from medgemma_runtime.session import open_session
 from tests.benchmarks.tiny_bundle import LABELS, broken_image, pixels_of, rewritten, tiny_opened
 from tests.runtime import tiny_artifact as tiny
 

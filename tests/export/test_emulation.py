@@ -57,7 +57,8 @@ def test_emulation_equals_the_kernel(storage, kernel, outputs, inputs):
     weight, x = matrices(3, outputs=outputs, inputs=inputs)
     tensor = quantize(weight, storage, range_scales(weight, storage))
     expected = onnx_integer_linear(torch.from_numpy(x), tensor).numpy()
-    assert np.abs(kernel(x, tensor) - expected).max() < 1e-5 * np.abs(expected).max()
+    alone = np.concatenate([kernel(x[:1], tensor), kernel(x[1:], tensor)])
+    assert np.abs(alone - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("storage", [INT8, INT4])

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from medgemma_runtime.artifact import Artifact, open_artifact
+from medgemma_runtime.backends import open_session
 from medgemma_runtime.errors import ArtifactError, EdgeError
 from medgemma_runtime.manifest import ComponentEntry
-from medgemma_runtime.session import check_inputs, open_session
+from medgemma_runtime.session import check_inputs
 from tests.runtime.tiny_artifact import LENGTH, tensor, write_tiny_artifact
 
 ENTRY = ComponentEntry(

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-from medgemma_runtime.errors import CheckpointError
-
 from medgemma_export.checkpoint import Checkpoint
 from medgemma_export.models import medsiglip
 from medgemma_export.models.spec import Component, ModelSpec
+from medgemma_runtime.errors import CheckpointError
 
 __all__ = ["ModelSpec", "Component", "MODELS", "load_model"]
 

@@ -5,14 +5,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from medgemma_runtime.errors import CheckpointError
-from medgemma_runtime.images import from_preprocessor_config
-from medgemma_runtime.manifest import Similarity, TensorSpec, TextSpec
-
 from medgemma_export.checkpoint import Checkpoint
 from medgemma_export.models.siglip import Encoder, encode_patches, encode_text, pool_by_attention
 from medgemma_export.models.spec import Component, ModelSpec, WeightSource
 from medgemma_export.ops import Ops
+from medgemma_runtime.errors import CheckpointError
+from medgemma_runtime.images import from_preprocessor_config
+from medgemma_runtime.manifest import Similarity, TensorSpec, TextSpec
 
 __all__ = ["load"]
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from medgemma_quantization.plan import WeightSpec
-from medgemma_quantization.weights import ReadWeight
-from medgemma_runtime.manifest import ImageSpec, Similarity, TensorSpec, TextSpec
 from numpy.typing import NDArray
 
 from medgemma_export.checkpoint import Checkpoint
 from medgemma_export.ops import Ops
 from medgemma_export.plan_ops import PlanOps
+from medgemma_quantization.plan import WeightSpec
+from medgemma_quantization.weights import ReadWeight
+from medgemma_runtime.manifest import ImageSpec, Similarity, TensorSpec, TextSpec
 
 __all__ = ["ModelSpec", "Component", "Forward", "WeightSource"]
 

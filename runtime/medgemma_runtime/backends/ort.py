@@ -87,9 +87,7 @@ class OrtSession:
             )
         started = time.perf_counter()
         try:
-            self._session = onnxruntime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             # ONNX Runtime's exceptions have no common base but Exception.
             raise ArtifactError(

@@ -1,5 +1,7 @@
 """The peer that every engineer would try first: transformers' module through plain `torch.onnx.export`."""
 
+import logging
+import warnings
 from pathlib import Path
 
 from medgemma_export.checkpoint import open_checkpoint
@@ -40,14 +42,18 @@ def export_plain_onnx(model: str, out: Path) -> None:
             pooled: torch.Tensor = self.tower(pixel_values=pixel_values).pooler_output
             return pooled
 
-    torch.onnx.export(
-        Pooled(),
-        (torch.zeros(2, 3, size, size),),
-        out,
-        input_names=["pixel_values"],
-        output_names=["pooler_output"],
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
-        dynamo=True,
-        external_data=True,
-        verbose=False,
-    )
+    # The exporter reports every step and every optional package that it does without.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Pooled().eval(),
+            (torch.zeros(2, 3, size, size),),
+            out,
+            input_names=["pixel_values"],
+            output_names=["pooler_output"],
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=True,
+            verbose=False,
+        )

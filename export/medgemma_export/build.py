@@ -118,8 +118,9 @@ def _manifest(
             intended_use=model.intended_use,
         ),
         components=components,
-        image=model.image if "image" in components else None,
+        image=model.image if _takes("pixel_values", components) else None,
         text=model.text if "text" in components else None,
+        prompt=model.prompt if "decoder" in components else None,
         similarity=model.similarity,
         quantization=QuantizationSummary(
             plan=PLAN_NAME,
@@ -133,3 +134,7 @@ def _manifest(
         build=package.build_info(),
         files=package.files(),
     )
+
+
+def _takes(name: str, components: dict[str, ComponentEntry]) -> bool:
+    return any(spec.name == name for entry in components.values() for spec in entry.inputs)

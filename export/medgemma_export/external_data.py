@@ -22,10 +22,17 @@ _INLINE_BYTES = 1024
 
 
 class ExternalData:
-    """An open weight file; use as a context manager."""
+    """An open weight file; use as a context manager.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file to create.
+        shared: Large tensors of programs written before, by name; one that comes again is not written again
+            but referred to where it lies, so that a table tied to the output head is on disk once.
+    """
+
+    def __init__(self, path: Path, shared: dict[str, ir.ExternalTensor]) -> None:
         self._path = path
+        self._shared = shared
         self._stream = path.open("wb")
 
     def __enter__(self) -> Self:
@@ -41,16 +48,27 @@ class ExternalData:
         array = np.asarray(array, order="C")
         if array.nbytes < _INLINE_BYTES:
             return ir.tensor(array, name=name)
+        data_type = ir.DataType.from_numpy(array.dtype)
+        if name in self._shared:
+            earlier = self._shared[name]
+            if (earlier.dtype, earlier.nbytes) != (data_type, array.nbytes):
+                raise RuntimeError(f"{name} was written before in another form")
+            return _refer(Path(earlier.path), earlier.offset or 0, array, name)
         alignment = _LARGE_ALIGNMENT if array.nbytes >= _LARGE_BYTES else _SMALL_ALIGNMENT
         offset = -(-self._stream.tell() // alignment) * alignment
         self._stream.seek(offset)
         self._stream.write(array.data)
-        return ir.ExternalTensor(
-            self._path.name,
-            offset,
-            array.nbytes,
-            ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(array.shape),
-            name=name,
-            base_dir=self._path.parent,
-        )
+        self._shared[name] = _refer(self._path, offset, array, name)
+        return self._shared[name]
+
+
+def _refer(path: Path, offset: int, array: NDArray[Any], name: str) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        path.name,
+        offset,
+        array.nbytes,
+        ir.DataType.from_numpy(array.dtype),
+        shape=ir.Shape(array.shape),
+        name=name,
+        base_dir=path.parent,
+    )

@@ -17,7 +17,18 @@ Notation: B batch, S sequence, H hidden width, D head width.
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
-__all__ = ["Ops", "Linear", "LayerNorm", "Table", "PatchEmbedding", "Parameter", "Heads", "Activation"]
+__all__ = [
+    "Ops",
+    "Linear",
+    "LayerNorm",
+    "RmsNorm",
+    "Table",
+    "PatchEmbedding",
+    "Parameter",
+    "Heads",
+    "Rotary",
+    "Activation",
+]
 
 Activation = Literal["gelu_tanh"]
 
@@ -35,6 +46,19 @@ class Linear:
 @dataclass(frozen=True, kw_only=True)
 class LayerNorm:
     """`NAME.weight` and `NAME.bias`, both [width]; statistics over the last axis in float32."""
+
+    name: str
+    width: int
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmsNorm:
+    """`x / rms(x) * (1 + NAME.weight)`: Gemma stores the gain less one. Statistics in float32.
+
+    Where the last axis is several times `width`, each piece of `width` is normalized by itself (q and k
+    norms).
+    """
 
     name: str
     width: int
@@ -76,6 +100,18 @@ class Heads:
 
     query: int
     kv: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Rotary position embedding, halves rotated, over heads of `width`.
+
+    Position p turns pair i by `p / factor * theta ** (-2 i / width)`, computed in float32.
+    """
+
+    theta: float
+    factor: float
     width: int
 
 
@@ -130,4 +166,72 @@ class Ops(Protocol[T]):
 
     def token(self, x: T, index: int) -> T:
         """[B, S, H] to the token at `index` (negative from the end), [B, H]."""
+        ...
+
+    def scaled_embed(self, ids: T, table: Table, scale: float) -> T:
+        """[B, S] ids to the table's rows times `scale`, [B, S, H]."""
+        ...
+
+    def place_images(self, embeddings: T, ids: T, features: T, image_id: int) -> T:
+        """Replace the embeddings at the positions of `image_id` by image features, in order.
+
+        [B, S, H], [B, S] and [M, H] to [B, S, H]; M is the number of such positions and may be 0.
+        """
+        ...
+
+    def rms_norm(self, x: T, weight: RmsNorm) -> T:
+        """Normalize the last axis, in pieces of the weight's width, to unit root mean square, then scale."""
+        ...
+
+    def average_pool(self, x: T, side: int, window: int) -> T:
+        """[B, side * side, H], row-major, to means over windows: [B, (side / window) ** 2, H]."""
+        ...
+
+    def join_batch(self, x: T) -> T:
+        """[B, S, H] to [B * S, H]: the tokens of all images, one image after the other."""
+        ...
+
+    def gated_mlp(self, x: T, gate: Linear, up: Linear, down: Linear, activation: Activation) -> T:
+        """`down(activation(gate(x)) * up(x))`. The hidden axis may be padded with zeros."""
+        ...
+
+    def rotate(self, x: T, positions: T, rotary: Rotary) -> T:
+        """Rotary embedding of [B, S, heads * D] at integer positions [B, S]."""
+        ...
+
+    def mask(self, blocks: T, past_key: T, window: int | None) -> T:
+        """Which key each new query sees: boolean [B, 1, S, P + S], P being the length of `past_key`.
+
+        Key j is seen by query i (both counted from the start of the past) if j <= i, or if both are new and
+        belong to one image; and, with a window, only if i - j < window.
+
+        Shapes:
+            blocks: [B, S] integers: the same number for the tokens of one image, negative for text
+            past_key: [B, kv, P, D]
+        """
+        ...
+
+    def cached_attention(
+        self,
+        q: T,
+        k: T,
+        v: T,
+        past_key: T,
+        past_value: T,
+        mask: T,
+        heads: Heads,
+        scale: float,
+        window: int | None,
+    ) -> tuple[T, T, T]:
+        """Attention over past and new keys; returns the result and the key and value to keep.
+
+        Shapes:
+            q: [B, S, query * D]; k, v: [B, S, kv * D]
+            past_key, past_value: [B, kv, P, D], oldest first
+            result: [B, S, query * D]; kept [B, kv, P + S, D], or its last `window` positions
+        """
+        ...
+
+    def logits(self, x: T, table: Table) -> T:
+        """[B, H] against every row of a table, [B, rows]: the head tied to the embedding."""
         ...

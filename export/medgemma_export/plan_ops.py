@@ -9,6 +9,8 @@ from medgemma_export.ops import (
     Linear,
     Parameter,
     PatchEmbedding,
+    RmsNorm,
+    Rotary,
     Table,
 )
 from medgemma_quantization.plan import Role, WeightSpec
@@ -30,7 +32,7 @@ class PlanOps:
 
     def embed(self, ids: None, table: Table) -> None:
         """See `Ops`."""
-        self._note(f"{table.name}.weight", (table.rows, table.width), "table")
+        self._note_table(table)
 
     def add_positions(self, x: None, positions: Parameter) -> None:
         """See `Ops`."""
@@ -68,6 +70,57 @@ class PlanOps:
 
     def token(self, x: None, index: int) -> None:
         """See `Ops`."""
+
+    def scaled_embed(self, ids: None, table: Table, scale: float) -> None:
+        """See `Ops`."""
+        self._note_table(table)
+
+    def place_images(self, embeddings: None, ids: None, features: None, image_id: int) -> None:
+        """See `Ops`."""
+
+    def rms_norm(self, x: None, weight: RmsNorm) -> None:
+        """See `Ops`."""
+        self._note(f"{weight.name}.weight", (weight.width,), "norm")
+
+    def average_pool(self, x: None, side: int, window: int) -> None:
+        """See `Ops`."""
+
+    def join_batch(self, x: None) -> None:
+        """See `Ops`."""
+
+    def gated_mlp(self, x: None, gate: Linear, up: Linear, down: Linear, activation: Activation) -> None:
+        """See `Ops`. The hidden axis is axis 0 of `gate` and `up` and axis 1 of `down`."""
+        self._note_linear(gate, padded_axes=(0,))
+        self._note_linear(up, padded_axes=(0,))
+        self._note_linear(down, padded_axes=(1,))
+
+    def rotate(self, x: None, positions: None, rotary: Rotary) -> None:
+        """See `Ops`."""
+
+    def mask(self, blocks: None, past_key: None, window: int | None) -> None:
+        """See `Ops`."""
+
+    def cached_attention(
+        self,
+        q: None,
+        k: None,
+        v: None,
+        past_key: None,
+        past_value: None,
+        mask: None,
+        heads: Heads,
+        scale: float,
+        window: int | None,
+    ) -> tuple[None, None, None]:
+        """See `Ops`."""
+        return None, None, None
+
+    def logits(self, x: None, table: Table) -> None:
+        """See `Ops`."""
+        self._note_table(table)
+
+    def _note_table(self, table: Table) -> None:
+        self._note(f"{table.name}.weight", (table.rows, table.width), "table")
 
     def _note_linear(self, weight: Linear, padded_axes: tuple[int, ...] = ()) -> None:
         shape = (weight.outputs, weight.inputs)

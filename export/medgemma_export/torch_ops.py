@@ -16,7 +16,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from medgemma_export.models.spec import Component
-from medgemma_export.ops import Activation, Heads, LayerNorm, Linear, Parameter, PatchEmbedding, Table
+from medgemma_export.ops import (
+    Activation,
+    Heads,
+    LayerNorm,
+    Linear,
+    Parameter,
+    PatchEmbedding,
+    RmsNorm,
+    Rotary,
+    Table,
+)
 from medgemma_quantization.affine import QuantizedTensor
 from medgemma_quantization.weights import QuantizedWeights
 
@@ -62,11 +72,7 @@ class TorchOps:
 
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
         """See `Ops`."""
-        name = f"{weight.name}.weight"
-        if self._is_float(name):
-            y = x @ self._float(name).T
-        else:
-            y = self.integer_linear(x, self.weights.quantized(name))
+        y = self._multiply(x, f"{weight.name}.weight")
         return y + self._float(f"{weight.name}.bias") if weight.bias else y
 
     def project_together(self, x: Tensor, weights: tuple[Linear, ...]) -> tuple[Tensor, ...]:
@@ -88,13 +94,7 @@ class TorchOps:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, scale: float) -> Tensor:
         """See `Ops`."""
-        q, k, v = (
-            part.reshape(*part.shape[:2], count, heads.width).transpose(1, 2)
-            for part, count in ((q, heads.query), (k, heads.kv), (v, heads.kv))
-        )
-        grouped = heads.query != heads.kv
-        y = functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-        return y.transpose(1, 2).flatten(2)
+        return _attend(*(_split(part, heads.width) for part in (q, k, v)), mask=None, scale=scale)
 
     def expand(self, parameter: Parameter, like: Tensor) -> Tensor:
         """See `Ops`."""
@@ -104,11 +104,108 @@ class TorchOps:
         """See `Ops`."""
         return x[:, index]
 
+    def scaled_embed(self, ids: Tensor, table: Table, scale: float) -> Tensor:
+        """See `Ops`."""
+        return self.embed(ids, table) * scale
+
+    def place_images(self, embeddings: Tensor, ids: Tensor, features: Tensor, image_id: int) -> Tensor:
+        """See `Ops`."""
+        places = ids == image_id
+        if int(places.sum()) != features.shape[0]:
+            # masked_scatter would leave out what is too much.
+            raise ValueError(f"{int(places.sum())} image positions for {features.shape[0]} image features")
+        return embeddings.masked_scatter(places[..., None], features)
+
+    def rms_norm(self, x: Tensor, weight: RmsNorm) -> Tensor:
+        """See `Ops`."""
+        pieces = _pieces(x, weight.width)
+        unit: Tensor = pieces * torch.rsqrt(pieces.square().mean(-1, keepdim=True) + weight.eps)
+        return (unit * (1 + self._float(f"{weight.name}.weight"))).flatten(-2)
+
+    def average_pool(self, x: Tensor, side: int, window: int) -> Tensor:
+        """See `Ops`."""
+        grid = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], side, side)
+        return functional.avg_pool2d(grid, window).flatten(2).transpose(1, 2)
+
+    def join_batch(self, x: Tensor) -> Tensor:
+        """See `Ops`."""
+        return x.flatten(0, 1)
+
+    def gated_mlp(self, x: Tensor, gate: Linear, up: Linear, down: Linear, activation: Activation) -> Tensor:
+        """See `Ops`."""
+        hidden = functional.gelu(self.linear(x, gate), approximate="tanh") * self.linear(x, up)
+        return self.linear(hidden, down)
+
+    def rotate(self, x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
+        """See `Ops`."""
+        # In transformers' order: at position 100,000 the last bit of a frequency is a hundredth of a radian.
+        pairs = torch.arange(0, rotary.width, 2) / rotary.width
+        angles = positions[..., None, None] * (1 / rotary.theta**pairs / rotary.factor)
+        first, second = _pieces(x, rotary.width).chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
+
+    def mask(self, blocks: Tensor, past_key: Tensor, window: int | None) -> Tensor:
+        """See `Ops`."""
+        past, new = past_key.shape[2], blocks.shape[1]
+        query, key = torch.arange(past, past + new)[:, None], torch.arange(past + new)
+        one_image = (blocks[:, :, None] == blocks[:, None]) & (blocks[:, None] >= 0)
+        seen = (key <= query) | functional.pad(one_image, (past, 0))
+        if window is not None:
+            seen = seen & (query - key < window)
+        return seen[:, None]
+
+    def cached_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        mask: Tensor,
+        heads: Heads,
+        scale: float,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Ops`."""
+        key = torch.cat((past_key, _split(k, heads.width)), 2)
+        value = torch.cat((past_value, _split(v, heads.width)), 2)
+        y = _attend(_split(q, heads.width), key, value, mask=mask, scale=scale)
+        if window is not None:
+            key, value = key[:, :, -window:], value[:, :, -window:]
+        return y, key, value
+
+    def logits(self, x: Tensor, table: Table) -> Tensor:
+        """See `Ops`."""
+        return self._multiply(x, f"{table.name}.weight")
+
+    def _multiply(self, x: Tensor, name: str) -> Tensor:
+        if self._is_float(name):
+            return x @ self._float(name).T
+        return self.integer_linear(x, self.weights.quantized(name))
+
     def _is_float(self, name: str) -> bool:
         return self.weights.plan.by_name[name].storage.bits == 32
 
     def _float(self, name: str) -> Tensor:
         return torch.from_numpy(self.weights.float(name))
+
+
+def _split(x: Tensor, width: int) -> Tensor:
+    """[B, S, heads * width] to [B, heads, S, width]."""
+    return _pieces(x, width).transpose(1, 2)
+
+
+def _pieces(x: Tensor, width: int) -> Tensor:
+    """The last axis, cut into pieces: [..., count * width] to [..., count, width]."""
+    return x.reshape(*x.shape[:-1], -1, width)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
+    """[B, query, S, D] against [B, kv, S', D], the result as [B, S, query * D]."""
+    grouped = q.shape[1] != k.shape[1]
+    y = functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    return y.transpose(1, 2).flatten(2)
 
 
 def compute(

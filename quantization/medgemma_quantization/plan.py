@@ -196,7 +196,11 @@ def _pad_to_blocks(specs: list[WeightSpec], rows: dict[str, PlanRow]) -> dict[st
     SigLIP's MLP width 4304 is no multiple of 32; XNNPACK refuses smaller blocks. Rows of zeros in the first
     matrix meet columns of zeros in the second, so the output is unchanged.
     """
-    blocks = [row.storage.block for row in rows.values() if row.storage.block]
+    blocks = [
+        rows[spec.name].storage.block
+        for spec in specs
+        if len(spec.shape) - 1 in spec.padded_axes and rows[spec.name].storage.block
+    ]
     multiple = math.lcm(*blocks) if blocks else 1
     padded: dict[str, PlanRow] = {}
     for spec in specs:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import Precision
 
-__all__ = ["Scheme", "Storage", "SCHEMES", "load_scheme", "FLOAT32", "INT8", "INT4"]
+__all__ = ["Scheme", "Storage", "SCHEMES", "load_scheme", "FLOAT32", "INT8", "INT8_BLOCKS", "INT4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class Storage:
 
 FLOAT32 = Storage(bits=32)
 INT8 = Storage(bits=8)
+INT8_BLOCKS = Storage(bits=8, block=32)
 INT4 = Storage(bits=4, block=32)
 
 _PRECISIONS: dict[int, Precision] = {32: "fp32", 8: "int8", 4: "int4"}
@@ -64,6 +65,9 @@ class Scheme:
     overrides: tuple[tuple[str, Storage], ...] = field(default=())
 
     def __post_init__(self) -> None:
+        # The name becomes part of a directory's name.
+        if not self.name or self.name.startswith(".") or any(char in self.name for char in "/\\:\0"):
+            raise ValueError(f"name {self.name!r} cannot be part of a file name")
         if self.activations not in get_args(Activations):
             raise ValueError(
                 f"activations must be one of {get_args(Activations)} and are {self.activations!r}"
@@ -80,9 +84,11 @@ class Scheme:
         return _PRECISIONS[self.linear.bits]
 
 
+# Tables are stored in blocks whatever their bits: kernels look rows up in blocks, and a table that is also
+# the output head then serves both with the same bytes.
 SCHEMES: dict[str, Scheme] = {
     "fp32": Scheme(name="fp32", linear=FLOAT32, table=FLOAT32, activations="float"),
-    "int8": Scheme(name="int8", linear=INT8, table=INT8, activations="int8-dynamic"),
+    "int8": Scheme(name="int8", linear=INT8, table=INT8_BLOCKS, activations="int8-dynamic"),
     "int4": Scheme(name="int4", linear=INT4, table=INT4, activations="int8-dynamic"),
 }
 

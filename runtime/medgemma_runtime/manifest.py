@@ -28,6 +28,7 @@ __all__ = [
     "TensorSpec",
     "ImageSpec",
     "TextSpec",
+    "PromptSpec",
     "BuildInfo",
     "QuantizationSummary",
     "Similarity",
@@ -56,6 +57,13 @@ class TensorSpec:
     """One named input or output of a component.
 
     A dimension is a size, or a name where it is free (`"batch"`); equal names mean equal sizes.
+
+    Attributes:
+        name: As the program has it.
+        dtype: Of its elements.
+        shape: Its dimensions.
+        description: What it is, for people.
+        may_be_empty: Whether free dimensions other than `batch` may be 0, as a cache's is at first.
     """
 
     __pydantic_config__ = _STRICT
@@ -64,6 +72,7 @@ class TensorSpec:
     dtype: DType
     shape: tuple[int | str, ...]
     description: str
+    may_be_empty: bool = False
 
     def __post_init__(self) -> None:
         for dim in self.shape:
@@ -140,6 +149,46 @@ class TextSpec:
             raise ValueError(f"length {self.length} leaves no room for a token before the end token")
         if min(self.pad_id, self.eos_id) < 0:
             raise ValueError(f"token ids {self.pad_id} and {self.eos_id} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSpec:
+    """How a conversation, with or without images, becomes the token ids that a decoder continues.
+
+    Attributes:
+        tokenizer: Path of the Hugging Face `tokenizer.json`, relative to the artifact.
+        template: The chat format; `gemma3` is the one of `medgemma_runtime.prompt`.
+        context: Tokens of prompt and answer together, at most.
+        bos_id: The id that starts every prompt, once.
+        stop_ids: The ids that end an answer.
+        image_id: The id that holds an image's places, or None for a model that reads text only.
+        tokens_per_image: Places of one image; 0 for a model that reads text only.
+        source: Where this behaviour is documented.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    tokenizer: str
+    template: Literal["gemma3"]
+    context: int
+    bos_id: int
+    stop_ids: tuple[int, ...]
+    image_id: int | None
+    tokens_per_image: int
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise ValueError(f"context {self.context} leaves no room for a prompt and an answer")
+        if not self.stop_ids:
+            raise ValueError("stop_ids is empty, so no answer would end")
+        ids = [self.bos_id, *self.stop_ids] + ([] if self.image_id is None else [self.image_id])
+        if min(ids) < 0 or len(set(ids)) != len(ids):
+            raise ValueError(f"the token ids {ids} must be different and not negative")
+        if (self.image_id is None) != (self.tokens_per_image == 0) or self.tokens_per_image < 0:
+            raise ValueError(
+                f"image_id {self.image_id} and tokens_per_image {self.tokens_per_image} contradict each other"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +317,7 @@ class Manifest:
     components: dict[str, ComponentEntry]
     image: ImageSpec | None
     text: TextSpec | None
+    prompt: PromptSpec | None
     similarity: Similarity | None
     quantization: QuantizationSummary
     build: BuildInfo
@@ -282,6 +332,8 @@ class Manifest:
         needed = [entry.program for entry in self.components.values()] + [self.quantization.plan]
         if self.text is not None:
             needed.append(self.text.tokenizer)
+        if self.prompt is not None:
+            needed.append(self.prompt.tokenizer)
         for path in needed:
             # A Core ML package is a directory of files.
             if not any(f"{listed}/".startswith(f"{path}/") for listed in sha256_of):

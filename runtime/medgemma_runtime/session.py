@@ -56,7 +56,7 @@ def check_inputs(entry: ComponentEntry, inputs: Mapping[str, NDArray[Any]]) -> N
         if fits:
             for dim, size in zip(spec.shape, array.shape, strict=True):
                 wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
-                fits = fits and size == wanted and size > 0
+                fits = fits and size == wanted and (size > 0 or (spec.may_be_empty and dim != "batch"))
         if not fits:
             known = f" where {sizes}" if sizes else ""
             raise EdgeError(

@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper  # noqa: E402
 
 from medgemma_export.emulation import onnx_integer_linear  # noqa: E402
 from medgemma_quantization.affine import QuantizedTensor, pack_int4, quantize, range_scales  # noqa: E402
-from medgemma_quantization.scheme import INT4, INT8  # noqa: E402
+from medgemma_quantization.scheme import INT4, INT8, INT8_BLOCKS  # noqa: E402
 
 
 def run_kernel(operator, x, constants, attributes):
@@ -31,15 +31,18 @@ def run_kernel(operator, x, constants, attributes):
     return session.run(None, {"x": x})[0]
 
 
-def int8_kernel(x, tensor):
+def channel_kernel(x, tensor):
     constants = {"b": np.ascontiguousarray(tensor.values.T), "s": tensor.scales[:, 0].copy()}
     return run_kernel("DynamicQuantizeMatMul", x, constants, {})
 
 
-def int4_kernel(x, tensor):
+def block_kernel(x, tensor):
     outputs, inputs = tensor.values.shape
-    blocks = pack_int4(tensor.values, offset=8).reshape(outputs, -1, 16)
-    attributes = {"K": inputs, "N": outputs, "bits": 4, "block_size": 32, "accuracy_level": 4}
+    bits = tensor.storage.bits
+    unsigned = (tensor.values.astype(np.int16) + 128).astype(np.uint8)
+    packed = pack_int4(tensor.values, offset=8) if bits == 4 else unsigned
+    blocks = packed.reshape(*tensor.scales.shape, -1)
+    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": 32, "accuracy_level": 4}
     return run_kernel("MatMulNBits", x, {"b": blocks, "s": tensor.scales}, attributes)
 
 
@@ -52,7 +55,9 @@ def matrices(seed, *, outputs, inputs, rows=33):
 
 
 @pytest.mark.parametrize("outputs,inputs", [(64, 64), (224, 64), (64, 4320)])
-@pytest.mark.parametrize("storage,kernel", [(INT8, int8_kernel), (INT4, int4_kernel)])
+@pytest.mark.parametrize(
+    "storage,kernel", [(INT8, channel_kernel), (INT8_BLOCKS, block_kernel), (INT4, block_kernel)]
+)
 def test_emulation_equals_the_kernel(storage, kernel, outputs, inputs):
     weight, x = matrices(3, outputs=outputs, inputs=inputs)
     tensor = quantize(weight, storage, range_scales(weight, storage))
@@ -61,11 +66,11 @@ def test_emulation_equals_the_kernel(storage, kernel, outputs, inputs):
     assert np.abs(alone - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("storage", [INT8, INT4])
+@pytest.mark.parametrize("storage", [INT8, INT8_BLOCKS, INT4])
 def test_a_constant_and_an_all_zero_input(storage):
     weight, x = matrices(4, outputs=32, inputs=64)
     tensor = quantize(weight, storage, range_scales(weight, storage))
-    kernel = int8_kernel if storage is INT8 else int4_kernel
+    kernel = channel_kernel if storage is INT8 else block_kernel
     for value in (0.0, 1.5, -2.0):
         constant = np.full_like(x, value)
         expected = onnx_integer_linear(torch.from_numpy(constant), tensor).numpy()
@@ -84,14 +89,14 @@ def test_no_processor_saturates_at_the_bound_on_neighbouring_integers(rows, pair
     tensor = QuantizedTensor(storage=INT8, values=values, scales=np.full((16, 1), 0.5, np.float32))
     expected = np.full((1, rows, 16), 32 * sum(pair) * 0.5, np.float32)
     np.testing.assert_allclose(onnx_integer_linear(torch.from_numpy(x), tensor), expected, rtol=1e-6)
-    np.testing.assert_allclose(int8_kernel(x, tensor), expected, rtol=1e-6)
+    np.testing.assert_allclose(channel_kernel(x, tensor), expected, rtol=1e-6)
 
 
 def test_int8_rounds_by_the_range_of_the_whole_batch():
     """One outlier changes every other row: why the runtime gives integer programs one image at a time."""
     weight, x = matrices(5, outputs=32, inputs=64)
     tensor = quantize(weight, INT8, range_scales(weight, INT8))
-    alone = int8_kernel(x[:1], tensor)
+    alone = channel_kernel(x[:1], tensor)
     x[1, 0, 0] = 1000.0
-    together = int8_kernel(x, tensor)[:1]
+    together = channel_kernel(x, tensor)[:1]
     assert np.abs(alone - together).max() > 1e-2

@@ -17,7 +17,7 @@ from medgemma_export.targets import TARGETS
 from medgemma_export.torch_ops import compute
 from medgemma_quantization.affine import unpack_int4
 from medgemma_quantization.plan import make_plan, read_plan
-from medgemma_quantization.scheme import INT4, INT8, SCHEMES, Scheme, Storage
+from medgemma_quantization.scheme import INT4, INT8, INT8_BLOCKS, SCHEMES, Storage
 from medgemma_quantization.weights import quantize_weights
 from medgemma_runtime.artifact import open_artifact
 from medgemma_runtime.errors import EdgeError
@@ -151,8 +151,10 @@ def test_the_integers_in_the_file_are_those_of_the_plan(exported, tmp_path):
             scales = found[f"{row.name}.scales"]
             if row.storage == INT4:
                 values = unpack_int4(stored, offset=8).reshape(tensor.values.shape)
+            elif row.storage == INT8_BLOCKS:
+                values = (stored.astype(np.int16) - 128).reshape(tensor.values.shape)
             else:
-                values = stored if row.role == "table" else stored.T
+                values = stored.T
             assert (values == tensor.values).all()
             assert (scales.reshape(tensor.scales.shape) == tensor.scales).all()
         compared[row.role] += 1
@@ -209,11 +211,11 @@ def test_one_component_can_be_exported_alone(out):
 
 
 def test_what_the_kernels_cannot_take_is_refused_before_any_weight_is_read(model):
-    blocks_of_8_bits = Scheme(
-        name="odd", linear=Storage(bits=8, block=32), table=INT8, activations="int8-dynamic"
-    )
-    with pytest.raises(EdgeError, match="asks for int8 block 32, and ONNX Runtime's kernels take"):
-        TARGETS["onnx"].check(model, make_plan(blocks_of_8_bits, model.weights()))
+    whole_rows = replace(SCHEMES["int4"], linear=Storage(bits=4))
+    with pytest.raises(EdgeError, match="asks for int4 per channel, and ONNX Runtime's int4 kernel takes"):
+        TARGETS["onnx"].check(model, make_plan(whole_rows, model.weights()))
+    with pytest.raises(EdgeError, match="looks up rows in blocks"):
+        TARGETS["onnx"].check(model, make_plan(replace(SCHEMES["int8"], table=INT8), model.weights()))
     weight_only = replace(SCHEMES["int8"], activations="float")
     with pytest.raises(EdgeError, match="round them to int8"):
         TARGETS["onnx"].check(model, make_plan(weight_only, model.weights()))

@@ -223,12 +223,24 @@ def test_a_dicom_file_without_pixels(artifact):
         (("--target", "coreml", "--model", MODEL), "target 'coreml'"),
         (("--target", "onnx", "--model", MODEL, "--precision", "fp16"), "fp16"),
         (("--target", "onnx", "--model", MODEL, "--components", "decoder"), "no component 'decoder'"),
-        (("--target", "onnx", "--model", "sample:gemma3-270m"), "architecture"),
     ],
 )
 def test_exports_that_cannot_be(tmp_path, words, says):
     assert says in refusal("medgemma-export", *words, "--out", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_architecture_that_is_not_known(tmp_path):
+    from medgemma_export.samples import sample_path
+
+    other = tmp_path / "other"
+    shutil.copytree(sample_path(MODEL), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    words = ("--target", "onnx", "--model", other, "--out", tmp_path / "out")
+    error = refusal("medgemma-export", *words)
+    assert "'LlamaForCausalLM'" in error
+    assert "SiglipModel" in error
 
 
 def test_a_reference_of_another_model_is_refused(work, tmp_path):

@@ -31,6 +31,8 @@ def test_a_scheme_file_says_the_same_as_the_dataclass(tmp_path):
     ("before", "after", "message"),
     [
         ('name = "head in int8"\n', "", "missing"),
+        ("head in int8", "../head", "cannot be part of a file name"),
+        ("head in int8", "", "cannot be part of a file name"),
         ("bits = 4", "bits = 5", "bits must be 32, 8 or 4"),
         ("block = 32", "block = 24", "power of two"),
         ("table", "tables", "table"),

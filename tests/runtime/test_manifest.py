@@ -10,6 +10,7 @@ from medgemma_runtime.errors import ArtifactError
 from medgemma_runtime.manifest import (
     MANIFEST_NAME,
     FileEntry,
+    PromptSpec,
     TensorSpec,
     read_manifest,
     write_manifest,
@@ -227,3 +228,45 @@ def test_classes_check_themselves_when_a_manifest_is_made() -> None:
         TensorSpec(name="x", dtype="float32", shape=(1, 0), description="")
     with pytest.raises(ValueError, match="leaves no room"):
         dataclasses.replace(text_spec(), length=0)
+
+
+def prompt_spec() -> PromptSpec:
+    return PromptSpec(
+        tokenizer="tokenizer.json",
+        template="gemma3",
+        context=4096,
+        bos_id=2,
+        stop_ids=(1, 106),
+        image_id=262144,
+        tokens_per_image=256,
+        source="tests",
+    )
+
+
+def test_reads_back_a_prompt(directory: Path) -> None:
+    manifest = dataclasses.replace(tiny_manifest(directory), prompt=prompt_spec())
+    write_manifest(manifest, directory)
+    assert read_manifest(directory) == manifest
+    rewrite(directory, lambda content: content["prompt"].update(tokenizer="other.json"))
+    with pytest.raises(ArtifactError, match=r"'other\.json' is named and not listed"):
+        read_manifest(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"context": 1}, "leaves no room"),
+        ({"stop_ids": ()}, "no answer would end"),
+        ({"stop_ids": (1, -1)}, "different and not negative"),
+        ({"stop_ids": (1, 1)}, "different and not negative"),
+        ({"image_id": 2}, "different and not negative"),
+        ({"image_id": None}, "contradict"),
+        ({"tokens_per_image": 0}, "contradict"),
+        ({"tokens_per_image": -1}, "contradict"),
+    ],
+)
+def test_refuses_a_prompt_that_contradicts_itself(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(prompt_spec(), **changes)
+    text_only = dataclasses.replace(prompt_spec(), image_id=None, tokens_per_image=0)
+    assert text_only.image_id is None

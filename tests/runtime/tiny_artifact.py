@@ -94,6 +94,7 @@ def tiny_manifest(directory: Path) -> Manifest:
         },
         image=images.medsiglip_processor(SIZE),
         text=text_spec(),
+        prompt=None,
         similarity=Similarity(scale=10.0, bias=-5.0),
         quantization=QuantizationSummary(
             plan="quant_plan.json",

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 
 from medgemma_export.checkpoint import Checkpoint
-from medgemma_export.models import medsiglip
+from medgemma_export.models import medgemma, medsiglip
 from medgemma_export.models.spec import Component, ModelSpec
 from medgemma_runtime.errors import CheckpointError
 
 __all__ = ["ModelSpec", "Component", "MODELS", "load_model"]
 
 MODELS: dict[str, Callable[[Checkpoint], ModelSpec]] = {
+    "Gemma3ForConditionalGeneration": medgemma.load,
+    "Gemma3ForCausalLM": medgemma.load_text_only,
     "SiglipModel": medsiglip.load,
 }
 

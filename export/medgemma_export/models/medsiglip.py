@@ -1,13 +1,12 @@
 """MedSigLIP: `google/medsiglip-448` and every other SiglipModel checkpoint."""
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from medgemma_export.checkpoint import Checkpoint
 from medgemma_export.models.siglip import Encoder, encode_patches, encode_text, pool_by_attention
-from medgemma_export.models.spec import Component, ModelSpec, WeightSource
+from medgemma_export.models.spec import Component, ModelSpec, WeightSource, read_json
 from medgemma_export.ops import Ops
 from medgemma_runtime.errors import CheckpointError
 from medgemma_runtime.images import from_preprocessor_config
@@ -58,8 +57,9 @@ def load(checkpoint: Checkpoint) -> ModelSpec:
         components=(_image_component(image_tower, vision), _text_component(text_tower, text)),
         sources=_pooling_sources(image_tower),
         scalars=("logit_scale", "logit_bias"),
-        image=from_preprocessor_config(_read_json(checkpoint, "preprocessor_config.json")),
+        image=from_preprocessor_config(read_json(checkpoint, "preprocessor_config.json")),
         text=_text_spec(checkpoint, text.max_position_embeddings),
+        prompt=None,
         similarity=Similarity(
             scale=math.exp(float(checkpoint.read("logit_scale")[0])),
             bias=float(checkpoint.read("logit_bias")[0]),
@@ -153,7 +153,7 @@ def _pooling_sources(tower: Encoder) -> dict[str, WeightSource]:
 
 
 def _text_spec(checkpoint: Checkpoint, length: int) -> TextSpec:
-    tokenizer = _read_json(checkpoint, "tokenizer.json")
+    tokenizer = read_json(checkpoint, "tokenizer.json")
     pieces = tokenizer.get("added_tokens", [])
     ids = {piece["content"]: int(piece["id"]) for piece in pieces if isinstance(piece, dict)}
     if "</s>" not in ids:
@@ -168,14 +168,3 @@ def _text_spec(checkpoint: Checkpoint, length: int) -> TextSpec:
         canonicalize="siglip",
         source="transformers tokenization_siglip.py; Google-Health/medsiglip pre_processor_configs",
     )
-
-
-def _read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    path = checkpoint.file(name)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{checkpoint.id}: {name} is no JSON ({error}); download it again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{checkpoint.id}: {name} is not a JSON object; download it again")
-    return data

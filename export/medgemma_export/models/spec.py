@@ -1,5 +1,6 @@
 """What a model is to the exporter: its separately exported components and where their weights lie."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,9 +13,10 @@ from medgemma_export.ops import Ops
 from medgemma_export.plan_ops import PlanOps
 from medgemma_quantization.plan import WeightSpec
 from medgemma_quantization.weights import ReadWeight
-from medgemma_runtime.manifest import ImageSpec, Similarity, TensorSpec, TextSpec
+from medgemma_runtime.errors import CheckpointError
+from medgemma_runtime.manifest import ImageSpec, PromptSpec, Similarity, TensorSpec, TextSpec
 
-__all__ = ["ModelSpec", "Component", "Forward", "WeightSource"]
+__all__ = ["ModelSpec", "Component", "Forward", "WeightSource", "read_json"]
 
 
 class Forward(Protocol):
@@ -52,17 +54,37 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSource:
-    """Where a weight lies in the checkpoint, when it is some rows of a larger tensor.
+    """Where a weight lies in the checkpoint, when it is not a tensor of the same name and shape.
 
     Attributes:
-        tensor: The larger tensor's name.
-        tensor_rows: How many rows that has.
+        tensor: The tensor's name.
+        tensor_rows: How many rows that has, where the weight is only some of them.
         rows: Those that are this weight.
+        transposed: The tensor is [inputs, outputs]. It is turned when read, so that every plan, quantization
+            method and target sees one orientation.
     """
 
     tensor: str
-    tensor_rows: int
-    rows: slice
+    tensor_rows: int | None = None
+    rows: slice | None = None
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.tensor_rows is None) != (self.rows is None) or (self.transposed and self.rows is not None):
+            raise ValueError(
+                f"{self.tensor}: tensor_rows and rows belong together, and not with a transposed tensor"
+            )
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor that a weight of this shape lies in."""
+        if self.tensor_rows is not None:
+            return (self.tensor_rows, *shape[1:])
+        return shape[::-1] if self.transposed else shape
+
+    def read(self, checkpoint: Checkpoint) -> NDArray[np.float32]:
+        """The weight."""
+        values = checkpoint.read(self.tensor, rows=self.rows)
+        return np.ascontiguousarray(values.T) if self.transposed else values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +98,7 @@ class ModelSpec:
         scalars: Checkpoint tensors that went into this description and into no component.
         image: How pixels become input.
         text: How texts become input.
+        prompt: How conversations become input.
         similarity: How two embeddings become a logit.
         extra_files: Files of the checkpoint that stock runtimes want beside the programs.
         licence: Of the weights.
@@ -88,6 +111,7 @@ class ModelSpec:
     scalars: tuple[str, ...]
     image: ImageSpec | None
     text: TextSpec | None
+    prompt: PromptSpec | None
     similarity: Similarity | None
     extra_files: tuple[str, ...]
     licence: str
@@ -101,20 +125,30 @@ class ModelSpec:
         """The tensors, and their shapes, that a checkpoint of this model holds."""
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self.scalars, (1,))
         for weight in self.weights():
-            source = self.sources.get(weight.name)
-            if source is None:
-                shapes[weight.name] = weight.shape
-            else:
-                shapes[source.tensor] = (source.tensor_rows, *weight.shape[1:])
+            source = self.sources.get(weight.name, WeightSource(tensor=weight.name))
+            shapes[source.tensor] = source.tensor_shape(weight.shape)
         return shapes
 
     def reader(self, checkpoint: Checkpoint) -> ReadWeight:
         """Reads a weight of the model from where it lies in the checkpoint."""
 
         def read(name: str) -> NDArray[np.float32]:
-            source = self.sources.get(name)
-            if source is None:
-                return checkpoint.read(name)
-            return checkpoint.read(source.tensor, rows=source.rows)
+            return self.sources.get(name, WeightSource(tensor=name)).read(checkpoint)
 
         return read
+
+
+def read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """A JSON object that lies beside a checkpoint's weights.
+
+    Raises:
+        CheckpointError: If it is not there, or no JSON object.
+    """
+    path = checkpoint.file(name)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{checkpoint.id}: {name} is no JSON ({error}); download it again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{checkpoint.id}: {name} is not a JSON object; download it again")
+    return data

@@ -1,12 +1,13 @@
 """ONNX for ONNX Runtime.
 
-Standard operators (opset 20) where they are as fast, ONNX Runtime's own where they are not:
+Standard operators where they are as fast, ONNX Runtime's own where they are not:
 
 - attention: `MultiHeadAttention`, which never holds a full array of scores;
 - int8 per channel: `DynamicQuantizeMatMul`, which rounds activations to uint8 over the whole input. Weights
   are signed, the fast form on VNNI and AMX, and exact on every processor because neighbouring integers are
   bounded (see `medgemma_quantization.affine`);
-- int4 in blocks: `MatMulNBits` at accuracy level 4, which rounds activations to int8 in the same blocks.
+- int4 and int8 in blocks: `MatMulNBits` at accuracy level 4, which rounds activations to int8 in the same
+  blocks; tables are the same bytes, looked up by `GatherBlockQuantized`.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import onnx_ir as ir
 
 from medgemma_export.external_data import ExternalData
 from medgemma_export.models.spec import Component, ModelSpec
-from medgemma_export.targets.onnx_ops import DOMAIN, OPSET, OnnxOps
+from medgemma_export.targets.onnx_ops import DOMAIN, OnnxOps
 from medgemma_quantization.plan import PackedWeight, QuantPlan
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.errors import EdgeError
@@ -43,11 +44,15 @@ class OnnxTarget:
     def check(self, model: ModelSpec, plan: QuantPlan) -> None:
         """See `Target`."""
         for row in plan.rows:
-            storage = row.storage
-            if (storage.bits, bool(storage.block)) not in {(32, False), (8, False), (4, True)}:
+            if row.storage.bits != 32 and row.role == "table" and not row.storage.block:
                 raise EdgeError(
-                    f"{row.name}: the plan asks for {storage}, and ONNX Runtime's kernels take int8 per "
-                    "channel and int4 in blocks; change the scheme"
+                    f"{row.name}: the plan asks for {row.storage}, and ONNX Runtime looks up rows in blocks; "
+                    "give the table a block of 32"
+                )
+            if row.storage.bits == 4 and not row.storage.block:
+                raise EdgeError(
+                    f"{row.name}: the plan asks for {row.storage}, and ONNX Runtime's int4 kernel takes "
+                    "blocks; give it a block of 32"
                 )
         has_integers = any(row.role == "linear" and row.storage.bits != 32 for row in plan.rows)
         if has_integers and plan.activations != "int8-dynamic":
@@ -67,6 +72,7 @@ class OnnxTarget:
         """See `Target`."""
         (directory / "onnx").mkdir()
         entries: dict[str, ComponentEntry] = {}
+        shared: dict[str, ir.ExternalTensor] = {}
         packed: list[PackedWeight] = []
 
         def note(weight: PackedWeight) -> None:
@@ -75,7 +81,7 @@ class OnnxTarget:
 
         for component in model.components:
             program = f"onnx/{component.file_stem}{_ending(component, weights.plan)}.onnx"
-            _lower_component(component, weights, directory / program, note)
+            _lower_component(component, weights, directory / program, shared, note)
             entries[component.name] = ComponentEntry(
                 program=program, inputs=component.inputs, outputs=component.outputs
             )
@@ -89,17 +95,21 @@ class OnnxTarget:
 
 
 def _ending(component: Component, plan: QuantPlan) -> str:
-    bits = [
-        plan.by_name[weight.name].storage.bits for weight in component.weights() if weight.role == "linear"
-    ]
+    """By the storage that most matrices and tables of the component have."""
+    weights = [weight for weight in component.weights() if weight.role in ("linear", "table")]
+    bits = [plan.by_name[weight.name].storage.bits for weight in weights]
     return _FILE_ENDING[max(set(bits), key=bits.count)]
 
 
 def _lower_component(
-    component: Component, weights: QuantizedWeights, path: Path, note: Callable[[PackedWeight], None]
+    component: Component,
+    weights: QuantizedWeights,
+    path: Path,
+    shared: dict[str, ir.ExternalTensor],
+    note: Callable[[PackedWeight], None],
 ) -> None:
     inputs = {spec.name: _value(spec) for spec in component.inputs}
-    with ExternalData(path.with_name(path.name + "_data")) as data:
+    with ExternalData(path.with_name(path.name + "_data"), shared) as data:
         ops = OnnxOps(weights=weights, data=data, note=note)
         outputs = component.forward(ops, inputs)
     graph_outputs = [ops.output(outputs[spec.name], _value(spec)) for spec in component.outputs]
@@ -108,7 +118,7 @@ def _lower_component(
         graph_outputs,
         nodes=ops.nodes,
         initializers=ops.initializers,
-        opset_imports={"": OPSET, DOMAIN: 1},
+        opset_imports={"": ops.opset, DOMAIN: 1},
         name=component.name,
     )
     ir.save(ir.Model(graph, ir_version=_IR_VERSION, producer_name="medgemma-edge"), path)

@@ -1,6 +1,6 @@
 """The operations as ONNX nodes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,18 +9,30 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from medgemma_export.external_data import ExternalData
-from medgemma_export.ops import Activation, Heads, LayerNorm, Linear, Parameter, PatchEmbedding, Table
-from medgemma_quantization.affine import pack_int4
+from medgemma_export.ops import (
+    Activation,
+    Heads,
+    LayerNorm,
+    Linear,
+    Parameter,
+    PatchEmbedding,
+    RmsNorm,
+    Rotary,
+    Table,
+)
+from medgemma_quantization.affine import QuantizedTensor, pack_int4
 from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.scheme import FLOAT32, Storage
 from medgemma_quantization.weights import QuantizedWeights
 
-__all__ = ["OnnxOps", "OPSET", "DOMAIN"]
+__all__ = ["OnnxOps", "DOMAIN"]
 
-OPSET = 20  # the first with Gelu
 DOMAIN = "com.microsoft"
 
-_Attribute = int | float | str | Sequence[int]
+_OPSET = 20  # the first with Gelu
+_GEMMA_OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
+
+_Attribute = int | float | str | Sequence[int] | ir.TensorProtocol
 
 
 @dataclass(kw_only=True)
@@ -33,6 +45,7 @@ class OnnxOps:
         note: Told what was written for each weight.
         nodes: In topological order.
         initializers: The weights and constants that the nodes refer to.
+        opset: The lowest version of the standard operators that has all that were emitted.
     """
 
     weights: QuantizedWeights
@@ -40,6 +53,8 @@ class OnnxOps:
     note: Callable[[PackedWeight], None]
     nodes: list[ir.Node] = field(default_factory=list)
     initializers: list[ir.Value] = field(default_factory=list)
+    opset: int = _OPSET
+    _values: dict[tuple[Hashable, ...], ir.Value] = field(default_factory=dict)
 
     def patch_embedding(self, pixels: ir.Value, weight: PatchEmbedding) -> ir.Value:
         """See `Ops`."""
@@ -59,21 +74,15 @@ class OnnxOps:
         if storage.bits == 32:
             return self._node("Gather", [self._float(name), ids])
         tensor = self.weights.quantized(name)
-        if storage.bits == 4:
-            # Unsigned, because the kernel's zero point for packed bytes is 8.
-            rows = self._weight(name, pack_int4(tensor.values, offset=8), storage, tensor.values.shape)
-            scales = self._constant(f"{name}.scales", tensor.scales)
-            attributes: dict[str, _Attribute] = {
-                "bits": 4,
-                "block_size": storage.block,
-                "gather_axis": 0,
-                "quantize_axis": 1,
-            }
-            return self._node("GatherBlockQuantized", [rows, ids, scales], attributes, DOMAIN)
-        rows = self._weight(name, tensor.values, storage, tensor.values.shape)
-        picked = self._node("Cast", [self._node("Gather", [rows, ids])], {"to": ir.DataType.FLOAT.value})
-        scales = self._constant(f"{name}.scales", tensor.scales)
-        return self._node("Mul", [picked, self._node("Gather", [scales, ids])])
+        rows = self._weight(name, _unsigned(tensor), storage, tensor.values.shape)
+        attributes: dict[str, _Attribute] = {
+            "bits": storage.bits,
+            "block_size": storage.block,
+            "gather_axis": 0,
+            "quantize_axis": 1,
+        }
+        scales = self._scales(name, tensor.scales)
+        return self._node("GatherBlockQuantized", [rows, ids, scales], attributes, DOMAIN)
 
     def add_positions(self, x: ir.Value, positions: Parameter) -> ir.Value:
         """See `Ops`."""
@@ -84,9 +93,10 @@ class OnnxOps:
         storage = self._storage(f"{weight.name}.weight")
         if storage.bits == 32:
             return self._float_linear(x, weight)
-        if storage.bits == 8:
-            return self._int8_linear(x, weight, storage)
-        return self._int4_linear(x, weight, storage)
+        bias = self._float(f"{weight.name}.bias") if weight.bias else None
+        if storage.block:
+            return self._block_product(x, f"{weight.name}.weight", bias)
+        return self._channel_product(x, f"{weight.name}.weight", bias)
 
     def project_together(self, x: ir.Value, weights: tuple[Linear, ...]) -> tuple[ir.Value, ...]:
         """See `Ops`. One product each: sharing the rounding of `x` gained nothing measurable."""
@@ -124,6 +134,130 @@ class OnnxOps:
         """See `Ops`."""
         return self._node("Gather", [x, self._integers(np.array(index))], {"axis": 1})
 
+    def scaled_embed(self, ids: ir.Value, table: Table, scale: float) -> ir.Value:
+        """See `Ops`."""
+        return self._node("Mul", [self.embed(ids, table), self._floats(scale)])
+
+    def place_images(
+        self, embeddings: ir.Value, ids: ir.Value, features: ir.Value, image_id: int
+    ) -> ir.Value:
+        """See `Ops`."""
+        is_image = self._node("Equal", [ids, self._integers(np.array(image_id))])
+        where = self._node("Transpose", [self._node("NonZero", [is_image])], {"perm": [1, 0]})
+        return self._node("ScatterND", [embeddings, where, features])
+
+    def rms_norm(self, x: ir.Value, weight: RmsNorm) -> ir.Value:
+        """See `Ops`."""
+        self.opset = _GEMMA_OPSET
+        name = f"{weight.name}.weight"
+        gain = self._weight(name, self.weights.float(name) + 1, FLOAT32, (weight.width,))
+        pieces = self._node("Reshape", [x, self._shape([-1, weight.width])])
+        attributes: dict[str, _Attribute] = {"axis": -1, "epsilon": weight.eps}
+        normed = self._node("RMSNormalization", [pieces, gain], attributes)
+        return self._node("Reshape", [normed, self._node("Shape", [x])])
+
+    def average_pool(self, x: ir.Value, side: int, window: int) -> ir.Value:
+        """See `Ops`."""
+        grid = self._node("Transpose", [x], {"perm": [0, 2, 1]})
+        grid = self._node("Reshape", [grid, self._shape([0, 0, side, side])])
+        sizes: dict[str, _Attribute] = {"kernel_shape": [window, window], "strides": [window, window]}
+        pooled = self._node("AveragePool", [grid], sizes)
+        flat = self._node("Reshape", [pooled, self._shape([0, 0, -1])])
+        return self._node("Transpose", [flat], {"perm": [0, 2, 1]})
+
+    def join_batch(self, x: ir.Value) -> ir.Value:
+        """See `Ops`."""
+        return self._node("Flatten", [x], {"axis": 2})
+
+    def gated_mlp(
+        self, x: ir.Value, gate: Linear, up: Linear, down: Linear, activation: Activation
+    ) -> ir.Value:
+        """See `Ops`."""
+        opened = self._node("Gelu", [self.linear(x, gate)], {"approximate": "tanh"})
+        return self.linear(self._node("Mul", [opened, self.linear(x, up)]), down)
+
+    def rotate(self, x: ir.Value, positions: ir.Value, rotary: Rotary) -> ir.Value:
+        """See `Ops`. Angles are computed in the program, so that no table limits the context."""
+        self.opset = _GEMMA_OPSET
+        angles = self._once((rotary, id(positions)), lambda: self._angles(positions, rotary))
+        cosine = self._once(("Cos", id(angles)), lambda: self._node("Cos", [angles]))
+        sine = self._once(("Sin", id(angles)), lambda: self._node("Sin", [angles]))
+        shape = self._node("Shape", [x])
+        heads = self._node("Reshape", [x, self._shape([0, 0, -1, rotary.width])])
+        heads = self._node("Transpose", [heads], {"perm": [0, 2, 1, 3]})
+        turned = self._node("RotaryEmbedding", [heads, cosine, sine])
+        turned = self._node("Transpose", [turned], {"perm": [0, 2, 1, 3]})
+        return self._node("Reshape", [turned, shape])
+
+    def _angles(self, positions: ir.Value, rotary: Rotary) -> ir.Value:
+        """[B, S] to [B, S, D / 2], in the order of operations of transformers' float32."""
+        pairs = np.arange(0, rotary.width, 2, dtype=np.float32) / np.float32(rotary.width)
+        frequencies = 1 / np.float32(rotary.theta) ** pairs / np.float32(rotary.factor)
+        column = self._node("Unsqueeze", [positions, self._shape([2])])
+        column = self._node("Cast", [column], {"to": ir.DataType.FLOAT.value})
+        return self._node("Mul", [column, self._floats(frequencies.astype(np.float32))])
+
+    def mask(self, blocks: ir.Value, past_key: ir.Value, window: int | None) -> ir.Value:
+        """See `Ops`."""
+        past = self._node("Gather", [self._node("Shape", [past_key]), self._integers(np.array(2))])
+        new = self._node("Gather", [self._node("Shape", [blocks]), self._integers(np.array(1))])
+        total = self._node("Add", [past, new])
+        one = self._integers(np.array(1))
+        rows = self._node("Unsqueeze", [self._node("Range", [past, total, one]), self._shape([1])])
+        columns = self._node("Range", [self._integers(np.array(0)), total, one])
+        distance = self._node("Sub", [rows, columns])
+        causal = self._node("GreaterOrEqual", [distance, self._integers(np.array(0))])
+        batch = self._node("Shape", [blocks], {"start": 0, "end": 1})
+        text = ir.tensor(np.array([-1]), name="text")
+        past_shape = self._node(
+            "Concat", [batch, self._node("Unsqueeze", [past, self._shape([0])])], {"axis": 0}
+        )
+        past_blocks = self._node("ConstantOfShape", [past_shape], {"value": text})
+        key_blocks = self._node("Concat", [past_blocks, blocks], {"axis": 1})
+        query_column = self._node("Unsqueeze", [blocks, self._shape([2])])
+        same = self._node("Equal", [query_column, self._node("Unsqueeze", [key_blocks, self._shape([1])])])
+        in_image = self._node("GreaterOrEqual", [query_column, self._integers(np.array(0))])
+        seen = self._node("Or", [causal, self._node("And", [same, in_image])])
+        if window is not None:
+            near = self._node("Less", [distance, self._integers(np.array(window))])
+            seen = self._node("And", [seen, near])
+        return self._node("Unsqueeze", [seen, self._shape([1])])
+
+    def cached_attention(
+        self,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        past_key: ir.Value,
+        past_value: ir.Value,
+        mask: ir.Value,
+        heads: Heads,
+        scale: float,
+        window: int | None,
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """See `Ops`."""
+        self.opset = _GEMMA_OPSET
+        attributes: dict[str, _Attribute] = {
+            "q_num_heads": heads.query,
+            "kv_num_heads": heads.kv,
+            "scale": scale,
+        }
+        result, key, value = self._nodes(
+            "Attention", [q, k, v, mask, past_key, past_value], attributes, outputs=3
+        )
+        if window is not None:
+            start, end, axis = self._shape([-window]), self._shape([2**62]), self._shape([2])
+            key = self._node("Slice", [key, start, end, axis])
+            value = self._node("Slice", [value, start, end, axis])
+        return result, key, value
+
+    def logits(self, x: ir.Value, table: Table) -> ir.Value:
+        """See `Ops`. The table's bytes are those that `embed` looks up."""
+        name = f"{table.name}.weight"
+        if self._storage(name).bits == 32:
+            return self._node("Gemm", [x, self._float(name)], {"transB": 1})
+        return self._block_product(x, name, None)
+
     def output(self, value: ir.Value, declared: ir.Value) -> ir.Value:
         """Give a result the name, shape and type of a declared output."""
         value.name, value.shape, value.type = declared.name, declared.shape, declared.type
@@ -137,30 +271,31 @@ class OnnxOps:
         y = self._node("MatMul", [x, matrix])
         return self._node("Add", [y, self._float(f"{weight.name}.bias")]) if weight.bias else y
 
-    def _int8_linear(self, x: ir.Value, weight: Linear, storage: Storage) -> ir.Value:
-        name = f"{weight.name}.weight"
+    def _channel_product(self, x: ir.Value, name: str, bias: ir.Value | None) -> ir.Value:
         tensor = self.weights.quantized(name)
-        matrix = self._weight(name, tensor.values.T, storage, tensor.values.shape)
-        scales = self._constant(f"{name}.scales", tensor.scales[:, 0])
-        bias = self._float(f"{weight.name}.bias") if weight.bias else None
+        matrix = self._weight(name, tensor.values.T, tensor.storage, tensor.values.shape)
+        scales = self._scales(name, tensor.scales[:, 0])
         return self._node("DynamicQuantizeMatMul", [x, matrix, scales, None, bias], domain=DOMAIN)
 
-    def _int4_linear(self, x: ir.Value, weight: Linear, storage: Storage) -> ir.Value:
-        name = f"{weight.name}.weight"
+    def _block_product(self, x: ir.Value, name: str, bias: ir.Value | None) -> ir.Value:
         tensor = self.weights.quantized(name)
         outputs, inputs = tensor.values.shape
-        blocks = pack_int4(tensor.values, offset=8).reshape(outputs, -1, storage.block // 2)
-        matrix = self._weight(name, blocks, storage, tensor.values.shape)
-        scales = self._constant(f"{name}.scales", tensor.scales)
-        bias = self._float(f"{weight.name}.bias") if weight.bias else None
+        blocks = _unsigned(tensor).reshape(*tensor.scales.shape, -1)
+        matrix = self._weight(name, blocks, tensor.storage, tensor.values.shape)
+        scales = self._scales(name, tensor.scales)
         attributes: dict[str, _Attribute] = {
             "K": inputs,
             "N": outputs,
-            "bits": 4,
-            "block_size": storage.block,
+            "bits": tensor.storage.bits,
+            "block_size": tensor.storage.block,
             "accuracy_level": 4,
         }
         return self._node("MatMulNBits", [x, matrix, scales, None, None, bias], attributes, DOMAIN)
+
+    def _scales(self, name: str, scales: NDArray[np.float32]) -> ir.Value:
+        """Half the bytes on disk: float16 holds every scale exactly, and the cast is folded at load."""
+        stored = self._constant(f"{name}.scales", scales.astype(np.float16))
+        return self._node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
 
     def _storage(self, name: str) -> Storage:
         return self.weights.plan.by_name[name].storage
@@ -181,11 +316,20 @@ class OnnxOps:
         self.initializers.append(value)
         return value
 
+    def _once(self, key: tuple[Hashable, ...], emit: Callable[[], ir.Value]) -> ir.Value:
+        """A value that several layers use, emitted by the first."""
+        if key not in self._values:
+            self._values[key] = emit()
+        return self._values[key]
+
     def _shape(self, sizes: list[int]) -> ir.Value:
         return self._integers(np.array(sizes))
 
     def _integers(self, array: NDArray[np.int64]) -> ir.Value:
         return self._constant(f"constant.{len(self.initializers)}", array)
+
+    def _floats(self, values: float | NDArray[np.float32]) -> ir.Value:
+        return self._constant(f"constant.{len(self.initializers)}", np.asarray(values, np.float32))
 
     def _node(
         self,
@@ -194,10 +338,26 @@ class OnnxOps:
         attributes: dict[str, _Attribute] | None = None,
         domain: str = "",
     ) -> ir.Value:
-        node = ir.node(
-            operator, inputs, attributes or {}, domain=domain, name=f"{operator}.{len(self.nodes)}"
-        )
-        output = node.outputs[0]
-        output.name = f"{node.name}.output"
+        return self._nodes(operator, inputs, attributes, domain)[0]
+
+    def _nodes(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, _Attribute] | None = None,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> Sequence[ir.Value]:
+        name = f"{operator}.{len(self.nodes)}"
+        node = ir.node(operator, inputs, attributes or {}, domain=domain, num_outputs=outputs, name=name)
+        for index, output in enumerate(node.outputs):
+            output.name = f"{name}.output.{index}"
         self.nodes.append(node)
-        return output
+        return node.outputs
+
+
+def _unsigned(tensor: QuantizedTensor) -> NDArray[np.uint8]:
+    """Integers as the block kernels store them: int4 two to a byte around 8, int8 around 128."""
+    if tensor.storage.bits == 4:
+        return pack_int4(tensor.values, offset=8)
+    return (tensor.values.astype(np.int16) + 128).astype(np.uint8)

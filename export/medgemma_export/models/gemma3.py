@@ -1,0 +1,139 @@
+"""Gemma 3's text decoder (Gemma Team 2025, arXiv 2503.19786), as transformers 5.23 computes it.
+
+MedGemma's language model is this decoder; every local layer looks back over a window, every sixth layer over
+everything, and the tokens of one image see each other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from medgemma_export.ops import Heads, Linear, Ops, RmsNorm, Rotary, Table
+
+__all__ = ["Decoder", "embed_tokens", "decode"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """The sizes and constants of one decoder.
+
+    Attributes:
+        prefix: What every weight name but the head's begins with.
+        width: Hidden width H.
+        mlp_width: Hidden width of the MLP.
+        vocabulary: Rows of the table, the spare ones past the tokenizer's last piece included.
+        heads: Attention heads; their widths need not add up to `width`.
+        windows: For each layer how many tokens it sees, itself included; None is a global layer.
+        local_rotary: Rotary embedding of the layers with a window.
+        global_rotary: Rotary embedding of the others.
+        attention_scale: Factor of the attention scores; not always `heads.width ** -0.5`.
+        embedding_scale: Factor of the embedded tokens, but not of image features.
+        eps: Of every norm.
+        head: Name of the output head's linear, or None where the head is the embedding's table.
+    """
+
+    prefix: str
+    width: int
+    mlp_width: int
+    vocabulary: int
+    heads: Heads
+    windows: tuple[int | None, ...]
+    local_rotary: Rotary
+    global_rotary: Rotary
+    attention_scale: float
+    embedding_scale: float
+    eps: float
+    head: str | None
+
+    def __post_init__(self) -> None:
+        if self.heads.query % self.heads.kv:
+            raise ValueError(
+                f"{self.prefix}: {self.heads.kv} key heads do not divide {self.heads.query} query heads"
+            )
+
+    @property
+    def table(self) -> Table:
+        """The embedding, and the output head where that is tied."""
+        return Table(name=f"{self.prefix}.embed_tokens", rows=self.vocabulary, width=self.width)
+
+    def linear(self, name: str, inputs: int, outputs: int) -> Linear:
+        """A linear of this decoder; Gemma's have no bias."""
+        return Linear(name=f"{self.prefix}.{name}", inputs=inputs, outputs=outputs, bias=False)
+
+    def norm(self, name: str, width: int | None = None) -> RmsNorm:
+        """A norm over the hidden width, or over a head's."""
+        return RmsNorm(name=f"{self.prefix}.{name}", width=width or self.width, eps=self.eps)
+
+
+def embed_tokens(ops: Ops[T], ids: T, decoder: Decoder) -> T:
+    """[B, S] ids to scaled embeddings [B, S, H]."""
+    return ops.scaled_embed(ids, decoder.table, decoder.embedding_scale)
+
+
+def decode(
+    ops: Ops[T], x: T, positions: T, blocks: T, past: Sequence[tuple[T, T]], decoder: Decoder
+) -> tuple[T, list[tuple[T, T]]]:
+    """One step over new tokens: the logits after the last of them, and the caches to keep.
+
+    Shapes:
+        x: [B, S, H] embeddings; positions and blocks: [B, S], blocks as `Ops.mask` says
+        past: a key and a value [B, kv, P, D] for each layer, P the same in all layers with one window
+        logits: [B, vocabulary]
+    """
+    masks: dict[int | None, T] = {}
+    present: list[tuple[T, T]] = []
+    for layer, window in enumerate(decoder.windows):
+        key, value = past[layer]
+        if window not in masks:
+            masks[window] = ops.mask(blocks, key, window)
+        name = f"layers.{layer}"
+        normed = ops.rms_norm(x, decoder.norm(f"{name}.input_layernorm"))
+        branch, key, value = _attend(ops, normed, positions, masks[window], key, value, decoder, layer)
+        present.append((key, value))
+        branch = ops.rms_norm(branch, decoder.norm(f"{name}.post_attention_layernorm"))
+        x = ops.residual_add(x, branch)
+        normed = ops.rms_norm(x, decoder.norm(f"{name}.pre_feedforward_layernorm"))
+        branch = _feed_forward(ops, normed, decoder, f"{name}.mlp")
+        branch = ops.rms_norm(branch, decoder.norm(f"{name}.post_feedforward_layernorm"))
+        x = ops.residual_add(x, branch)
+    last = ops.rms_norm(ops.token(x, -1), decoder.norm("norm"))
+    return _head(ops, last, decoder), present
+
+
+def _attend(
+    ops: Ops[T], x: T, positions: T, mask: T, key: T, value: T, decoder: Decoder, layer: int
+) -> tuple[T, T, T]:
+    name, heads, window = f"layers.{layer}.self_attn", decoder.heads, decoder.windows[layer]
+    q, k, v = ops.project_together(
+        x,
+        (
+            decoder.linear(f"{name}.q_proj", decoder.width, heads.query * heads.width),
+            decoder.linear(f"{name}.k_proj", decoder.width, heads.kv * heads.width),
+            decoder.linear(f"{name}.v_proj", decoder.width, heads.kv * heads.width),
+        ),
+    )
+    rotary = decoder.global_rotary if window is None else decoder.local_rotary
+    q = ops.rotate(ops.rms_norm(q, decoder.norm(f"{name}.q_norm", heads.width)), positions, rotary)
+    k = ops.rotate(ops.rms_norm(k, decoder.norm(f"{name}.k_norm", heads.width)), positions, rotary)
+    scale = decoder.attention_scale
+    y, key, value = ops.cached_attention(q, k, v, key, value, mask, heads, scale, window)
+    out = decoder.linear(f"{name}.o_proj", heads.query * heads.width, decoder.width)
+    return ops.linear(y, out), key, value
+
+
+def _feed_forward(ops: Ops[T], x: T, decoder: Decoder, name: str) -> T:
+    gate, up = (
+        decoder.linear(f"{name}.{part}", decoder.width, decoder.mlp_width)
+        for part in ("gate_proj", "up_proj")
+    )
+    down = decoder.linear(f"{name}.down_proj", decoder.mlp_width, decoder.width)
+    return ops.gated_mlp(x, gate, up, down, "gelu_tanh")
+
+
+def _head(ops: Ops[T], x: T, decoder: Decoder) -> T:
+    if decoder.head is None:
+        return ops.logits(x, decoder.table)
+    head = Linear(name=decoder.head, inputs=decoder.width, outputs=decoder.vocabulary, bias=False)
+    return ops.linear(x, head)

@@ -1,0 +1,279 @@
+"""Answers a conversation with images, token by token: options in, result out."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_runtime.artifact import Artifact
+from medgemma_runtime.backends import open_session
+from medgemma_runtime.errors import ArtifactError, EdgeError, TextError
+from medgemma_runtime.images import preprocess
+from medgemma_runtime.manifest import ImageSpec, PromptSpec, TensorSpec
+from medgemma_runtime.prompt import Message, Prompt, load_prompt_tokenizer
+from medgemma_runtime.session import Session
+
+__all__ = ["Generator", "GenerateOptions", "GenerateResult", "sample_token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How an answer is drawn.
+
+    Attributes:
+        max_tokens: Tokens of the answer at most.
+        temperature: 0 takes the most probable token, as every MedGemma notebook does; Gemma 3's own default
+            is 1.
+        top_k: Of the most probable tokens, how many may be drawn (Gemma 3's default).
+        top_p: Of those, as many as are needed to reach this probability (Gemma 3's default).
+        seed: Of the draw; the same seed gives the same answer.
+    """
+
+    max_tokens: int = 500
+    temperature: float = 0.0
+    top_k: int = 64
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.top_k < 1:
+            raise ValueError("max_tokens and top_k must be at least 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature must not be negative, and top_p must be in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateResult:
+    """An answer.
+
+    Attributes:
+        text: All of it, control tokens such as `<unused95>` included.
+        ids: Its tokens, the one that ended it excluded.
+        ended: `stop` by the model, `length` by `max_tokens` or the context, `cancel` by the caller.
+        prompt_tokens: Tokens of the prompt, images included.
+        images_ms: Time of the vision tower, for images that were not cached.
+        prefill_ms: Time from the embedded prompt to the first token's logits.
+        decode_ms: Time of all later tokens.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    ended: Literal["stop", "length", "cancel"]
+    prompt_tokens: int
+    images_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+class Generator:
+    """A MedGemma artifact, opened; use as a context manager.
+
+    Args:
+        artifact: An artifact with the components `embed` and `decoder`, and `vision` where it sees images.
+        threads: Threads for one operator; None leaves the choice to the engine.
+
+    Raises:
+        ArtifactError: If the artifact is not of this kind.
+    """
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+        manifest = artifact.manifest
+        if manifest.prompt is None or not {"embed", "decoder"} <= manifest.components.keys():
+            raise ArtifactError(
+                f"{artifact.directory.name} has the components {', '.join(sorted(manifest.components))}; "
+                "answering needs embed, decoder and a prompt: give a MedGemma artifact"
+            )
+        self.spec: PromptSpec = manifest.prompt
+        self._image: ImageSpec | None = manifest.image
+        self._tokenizer = load_prompt_tokenizer(artifact.directory, self.spec)
+        self._artifact, self._threads = artifact, threads
+        self._sessions: dict[str, Session] = {}
+        self._features: dict[str, NDArray[np.float32]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory of all components and the cached image features."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+        self._features.clear()
+
+    def generate(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[NDArray[np.uint8]] = (),
+        *,
+        system: str | None = None,
+        options: GenerateOptions | None = None,
+        on_text: Callable[[str], bool] | None = None,
+    ) -> GenerateResult:
+        """Answer a conversation.
+
+        Args:
+            messages: See `medgemma_runtime.prompt.render`.
+            images: [H, W, 3] uint8 RGB, one for each `Image` part, in order.
+            system: Instructions before the first message.
+            options: How the answer is drawn; None for the defaults.
+            on_text: Given each piece of text as it comes; returning False ends the answer.
+
+        Raises:
+            TextError: If the conversation is malformed or does not fit the context; before any work.
+            EdgeError: If the model's output is not finite.
+        """
+        options = options or GenerateOptions()
+        prompt = self._tokenizer.encode(messages, system=system, image_count=len(images))
+        room = self.spec.context - len(prompt.ids)
+        if room < 1:
+            raise TextError(f"the prompt fills the context of {self.spec.context} tokens; shorten it")
+        started = time.perf_counter()
+        features = self._image_features(images)
+        seen = time.perf_counter()
+        logits, caches = self._prefill(prompt, features)
+        read = time.perf_counter()
+        ids, text, ended = self._continue(
+            logits, caches, len(prompt.ids), min(room, options.max_tokens), options, on_text
+        )
+        return GenerateResult(
+            text=text,
+            ids=tuple(ids),
+            ended=ended,
+            prompt_tokens=len(prompt.ids),
+            images_ms=(seen - started) * 1e3,
+            prefill_ms=(read - seen) * 1e3,
+            decode_ms=(time.perf_counter() - read) * 1e3,
+        )
+
+    def _continue(
+        self,
+        logits: NDArray[np.float32],
+        caches: dict[str, NDArray[Any]],
+        position: int,
+        limit: int,
+        options: GenerateOptions,
+        on_text: Callable[[str], bool] | None,
+    ) -> tuple[list[int], str, Literal["stop", "length", "cancel"]]:
+        rng = np.random.default_rng(options.seed)
+        detokenizer = self._tokenizer.detokenizer()
+        ids: list[int] = []
+        pieces: list[str] = []
+        ended: Literal["stop", "length", "cancel"] = "length"
+        while True:
+            token = sample_token(logits, options, rng)
+            if token in self.spec.stop_ids:
+                ended = "stop"
+                break
+            ids.append(token)
+            pieces.append(detokenizer.push(token))
+            if on_text is not None and pieces[-1] and not on_text(pieces[-1]):
+                ended = "cancel"
+                break
+            if len(ids) == limit:
+                break
+            logits, caches = self._step(token, caches, position)
+            position += 1
+        pieces.append(detokenizer.finish())
+        if on_text is not None and pieces[-1] and ended != "cancel":
+            on_text(pieces[-1])
+        return ids, "".join(pieces), ended
+
+    def _image_features(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """[tokens, H] for all images, one after the other; an image seen before is not computed again."""
+        rows = []
+        for image in images:
+            if self._image is None:
+                raise ArtifactError("this artifact reads text only; give one with a vision component")
+            key = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+            if key not in self._features:
+                pixels = preprocess(image, self._image)[None]
+                outputs = self._session("vision").run({"pixel_values": pixels})
+                self._features[key] = outputs["image_features"]
+            rows.append(self._features[key])
+        if rows:
+            return np.concatenate(rows)
+        width = self._spec("embed", "inputs_embeds").shape[-1]
+        return np.zeros((0, int(width)), np.float32)
+
+    def _prefill(
+        self, prompt: Prompt, features: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+        caches = {
+            spec.name: np.zeros([1 if isinstance(d, str) else d for d in spec.shape], spec.dtype)[:, :, :0]
+            for spec in self._session("decoder").entry.inputs
+            if spec.name.startswith("past_key_values.")
+        }
+        embeddings = self._embed(prompt.ids[None], features)
+        positions = np.arange(len(prompt.ids), dtype=np.int64)[None]
+        return self._decode(embeddings, positions, prompt.image_blocks[None], caches)
+
+    def _step(
+        self, token: int, caches: dict[str, NDArray[Any]], position: int
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+        width = int(self._spec("embed", "inputs_embeds").shape[-1])
+        embeddings = self._embed(np.array([[token]], np.int64), np.zeros((0, width), np.float32))
+        text = np.full((1, 1), -1, np.int64)
+        return self._decode(embeddings, np.array([[position]], np.int64), text, caches)
+
+    def _embed(self, ids: NDArray[np.int64], features: NDArray[np.float32]) -> NDArray[np.float32]:
+        session = self._session("embed")
+        inputs: dict[str, NDArray[Any]] = {"input_ids": ids, "image_features": features}
+        taken = {spec.name: inputs[spec.name] for spec in session.entry.inputs}
+        embeddings: NDArray[np.float32] = session.run(taken)["inputs_embeds"]
+        return embeddings
+
+    def _decode(
+        self,
+        embeddings: NDArray[np.float32],
+        positions: NDArray[np.int64],
+        blocks: NDArray[np.int64],
+        caches: dict[str, NDArray[Any]],
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+        inputs: dict[str, NDArray[Any]] = {
+            "inputs_embeds": embeddings,
+            "position_ids": positions,
+            "image_blocks": blocks,
+            **caches,
+        }
+        outputs = self._session("decoder").run(inputs)
+        logits = outputs.pop("logits")[0]
+        if not np.isfinite(logits).all():
+            raise EdgeError("the decoder's logits are not finite; export the model at a higher precision")
+        return logits[: self._tokenizer.token_count], {
+            name.replace("present.", "past_key_values."): array for name, array in outputs.items()
+        }
+
+    def _session(self, name: str) -> Session:
+        if name not in self._sessions:
+            self._sessions[name] = open_session(self._artifact, name, threads=self._threads)
+        return self._sessions[name]
+
+    def _spec(self, component: str, output: str) -> TensorSpec:
+        return next(spec for spec in self._session(component).entry.outputs if spec.name == output)
+
+
+def sample_token(logits: NDArray[np.float32], options: GenerateOptions, rng: np.random.Generator) -> int:
+    """Draw one token: the most probable at temperature 0, else among top-k cut to top-p.
+
+    Shapes:
+        logits: [vocabulary]
+    """
+    if options.temperature == 0:
+        return int(logits.argmax())
+    top_k = min(options.top_k, len(logits))
+    candidates = np.argpartition(logits, -top_k)[-top_k:]
+    candidates = candidates[np.argsort(-logits[candidates], kind="stable")]
+    scaled = (logits[candidates] - logits[candidates[0]]).astype(np.float64) / options.temperature
+    shares = np.exp(scaled)
+    shares /= shares.sum()
+    # The token that crosses top-p is kept, so at least one always is.
+    kept = int(np.searchsorted(np.cumsum(shares), options.top_p) + 1)
+    shares = shares[:kept] / shares[:kept].sum()
+    return int(rng.choice(candidates[:kept], p=shares))

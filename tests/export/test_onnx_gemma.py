@@ -1,0 +1,184 @@
+"""Gemma 3 lowered to ONNX: masks, caches and the tied table, held against the module in PyTorch."""
+
+from itertools import pairwise
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from medgemma_export.build import build, decide
+from medgemma_export.exact_program import write_exact_program
+from medgemma_export.recipe import Recipe
+from medgemma_export.torch_ops import compute
+from medgemma_quantization.scheme import SCHEMES
+from medgemma_quantization.weights import quantize_weights
+
+onnx = pytest.importorskip("onnx")
+
+MODEL = "sample:medgemma-tiny"
+PROMPT = 44  # longer than the sample's window of 32
+IMAGES = ((3, 19), (26, 42))  # the second lies across the window's edge
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+def exported(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    recipe = Recipe(
+        model=MODEL,
+        revision=None,
+        target="onnx",
+        scheme=SCHEMES[request.param],
+        components=(),
+        out=directory / "artifact",
+    )
+    artifact, decision = build(recipe, progress=lambda *step: None), decide(recipe)
+    weights = quantize_weights(
+        decision.plan, decision.model.reader(decision.checkpoint), directory / "weights"
+    )
+    components = {component.name: component for component in decision.model.components}
+    return artifact, components, weights, directory
+
+
+def exact_session(artifact, name, directory):
+    """The program without rounding of activations, so that only packing and lowering are compared."""
+    program = artifact.path(artifact.manifest.components[name].program)
+    write_exact_program(program, directory / f"{name}.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(program.parent)
+    )
+    return onnxruntime.InferenceSession((directory / f"{name}.onnx").read_bytes(), options)
+
+
+def run(session, feeds):
+    names = [node.name for node in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def prompt(components, seed=5):
+    """Random embeddings with two images among them, and empty caches."""
+    decoder = components["decoder"]
+    rng = np.random.default_rng(seed)
+    blocks = np.full((1, PROMPT), -1)
+    for index, (start, end) in enumerate(IMAGES):
+        blocks[0, start:end] = index
+    feeds = {
+        "inputs_embeds": rng.normal(size=(1, PROMPT, decoder.inputs[0].shape[-1])).astype(np.float32),
+        "position_ids": np.arange(PROMPT)[None],
+        "image_blocks": blocks,
+    }
+    for spec in decoder.inputs[3:]:
+        feeds[spec.name] = np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32)
+    return feeds
+
+
+def following(outputs, position, width):
+    """The feeds of one more token."""
+    caches = {
+        name.replace("present", "past_key_values"): array
+        for name, array in outputs.items()
+        if name.startswith("present")
+    }
+    return caches | {
+        "inputs_embeds": np.full((1, 1, width), 0.3, np.float32),
+        "position_ids": np.array([[position]]),
+        "image_blocks": np.array([[-1]]),
+    }
+
+
+def test_prefill_and_decode_equal_the_module(exported):
+    artifact, components, weights, directory = exported
+    session = exact_session(artifact, "decoder", directory)
+    feeds = prompt(components)
+    for position in range(PROMPT, PROMPT + 5):
+        expected = compute(components["decoder"], weights, feeds)
+        actual = run(session, feeds)
+        for name, array in expected.items():
+            assert actual[name].shape == array.shape, name
+            assert np.abs(actual[name] - array).max() < 1e-4, name
+        feeds = following(actual, position, feeds["inputs_embeds"].shape[-1])
+
+
+def test_local_caches_stop_at_the_window_and_global_ones_do_not(exported):
+    artifact, components, _, directory = exported
+    outputs = run(exact_session(artifact, "decoder", directory), prompt(components))
+    lengths = {array.shape[2] for name, array in outputs.items() if name.startswith("present")}
+    assert lengths == {32, PROMPT}
+
+
+def test_without_image_blocks_the_program_answers_otherwise(exported):
+    """The mask reaches the kernel: text that is not told of its images gives other logits."""
+    artifact, components, _, directory = exported
+    session = exact_session(artifact, "decoder", directory)
+    feeds = prompt(components)
+    told = run(session, feeds)["logits"]
+    untold = run(session, feeds | {"image_blocks": np.full((1, PROMPT), -1)})["logits"]
+    assert np.abs(told - untold).max() > 1e-2
+
+
+def test_one_call_equals_two_where_no_image_is_cut(exported):
+    artifact, components, _, directory = exported
+    session = exact_session(artifact, "decoder", directory)
+    feeds = prompt(components)
+    whole = run(session, feeds)["logits"]
+    past = {name: array for name, array in feeds.items() if name.startswith("past")}
+    for start, end in pairwise((0, 22, PROMPT)):
+        outputs = run(
+            session,
+            past
+            | {name: feeds[name][:, start:end] for name in ("inputs_embeds", "position_ids", "image_blocks")},
+        )
+        past = {
+            name.replace("present", "past_key_values"): array
+            for name, array in outputs.items()
+            if name.startswith("present")
+        }
+    assert np.abs(outputs["logits"] - whole).max() < 1e-4
+
+
+def test_vision_and_embedding_equal_the_module(exported):
+    artifact, components, weights, directory = exported
+    vision, embed = components["vision"], components["embed"]
+    rng = np.random.default_rng(6)
+    size = vision.inputs[0].shape[-1]
+    pixels = rng.uniform(-1, 1, (2, 3, size, size)).astype(np.float32)
+    expected = compute(vision, weights, {"pixel_values": pixels})["image_features"]
+    actual = run(exact_session(artifact, "vision", directory), {"pixel_values": pixels})["image_features"]
+    assert np.abs(actual - expected).max() < 1e-4
+    session = exact_session(artifact, "embed", directory)
+    ids = rng.integers(5, 200, (1, 40))
+    none = np.zeros((0, expected.shape[1]), np.float32)
+    for features in (none, expected[:16]):
+        feeds = {"input_ids": image_ids(artifact, ids, len(features)), "image_features": features}
+        reference = compute(embed, weights, feeds)["inputs_embeds"]
+        assert (run(session, feeds)["inputs_embeds"] == reference).all()
+        if len(features):
+            assert (reference[0, 4:20] == features).all()
+
+
+def image_ids(artifact, ids, count):
+    """Put the checkpoint's own image token where the features go."""
+    import json
+
+    config = json.loads((artifact.directory / "config.json").read_text())
+    ids[0, 4 : 4 + count] = config.get("image_token_index", config.get("image_token_id"))
+    return ids
+
+
+def test_a_tied_table_is_on_disk_once(exported):
+    artifact, _, weights, _ = exported
+    table = "language_model.embed_tokens.weight"
+    places = []
+    for name in ("embed", "decoder"):
+        program = onnx.load(
+            artifact.path(artifact.manifest.components[name].program), load_external_data=False
+        )
+        [tensor] = [found for found in program.graph.initializer if found.name == table]
+        places.append({entry.key: entry.value for entry in tensor.external_data})
+    assert places[0] == places[1]
+    total = sum(file.size_bytes for file in artifact.manifest.files if file.path.endswith("_data"))
+    # Scales are float32 in the file and 16 bits in the plan; alignment adds a little.
+    planned = sum(row.stored_bits for row in weights.plan.rows) / 8
+    assert total < 1.35 * planned

@@ -1,0 +1,164 @@
+"""From a conversation with an image to an answer, held against transformers' own greedy generation."""
+
+import numpy as np
+import pytest
+
+from medgemma_export.build import build
+from medgemma_export.checkpoint import open_checkpoint
+from medgemma_export.recipe import Recipe
+from medgemma_quantization.scheme import SCHEMES
+from medgemma_runtime.artifact import open_artifact
+from medgemma_runtime.errors import ArtifactError, TextError
+from medgemma_runtime.generate import GenerateOptions, Generator, sample_token
+from medgemma_runtime.prompt import Image, Message, Text
+
+MODEL = "sample:medgemma-tiny"
+QUESTION = (Message(role="user", parts=(Image(), Text("what does this image show?"))),)
+PLAIN = (Message(role="user", parts=(Text("what is this?"),)),)
+
+
+def recipe(out, **changes):
+    facts = {"model": MODEL, "scheme": SCHEMES["fp32"], "components": ()} | changes
+    return Recipe(revision=None, target="onnx", out=out, **facts)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    out = tmp_path_factory.mktemp("generate") / "artifact"
+    build(recipe(out), progress=lambda *step: None)
+    return open_artifact(out)
+
+
+@pytest.fixture(scope="module")
+def generator(artifact):
+    with Generator(artifact, threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(3).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def network(artifact):
+    torch = pytest.importorskip("torch")
+    from transformers import Gemma3ForConditionalGeneration
+
+    checkpoint = open_checkpoint(MODEL)
+    network = Gemma3ForConditionalGeneration.from_pretrained(
+        checkpoint.directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    # The released model computes in bfloat16, where the embedding scale is rounded; so does the artifact.
+    embedding = network.model.language_model.embed_tokens
+    scale = float(torch.tensor(embedding.embedding_dim**0.5, dtype=torch.bfloat16))
+    embedding.embed_scale.fill_(scale)
+    return network
+
+
+# Greedy, the sample repeats one token; drawn hot, every step hangs on the exact logits.
+HOT = GenerateOptions(max_tokens=24, temperature=2.0, top_k=200, top_p=1.0, seed=11)
+
+
+def reference_ids(network, generator, image, options):
+    """The same draw from transformers' logits, each step a whole forward without any cache."""
+    import torch
+
+    from medgemma_runtime.images import preprocess
+
+    prompt = generator._tokenizer.encode(QUESTION, image_count=1)
+    pixels = torch.from_numpy(preprocess(image, generator._image)[None])
+    rng = np.random.default_rng(options.seed)
+    ids = prompt.ids.tolist()
+    for _ in range(options.max_tokens):
+        types = (np.array(ids) == generator.spec.image_id).astype(np.int64)
+        with torch.inference_mode():
+            logits = network(
+                input_ids=torch.tensor([ids]),
+                pixel_values=pixels,
+                token_type_ids=torch.from_numpy(types[None]),
+            ).logits[0, -1]
+        token = sample_token(logits.numpy()[: generator._tokenizer.token_count], options, rng)
+        if token in generator.spec.stop_ids:
+            break
+        ids.append(token)
+    return ids[len(prompt.ids) :]
+
+
+def test_answers_equal_transformers_token_by_token(network, generator, image):
+    result = generator.generate(QUESTION, [image], options=HOT)
+    assert list(result.ids) == reference_ids(network, generator, image, HOT)
+    assert len(set(result.ids)) > 5
+
+
+def test_the_image_matters_and_its_features_are_kept(generator, image):
+    runs = []
+    vision = generator._session("vision")
+    run = vision.run
+    vision.run = lambda inputs: runs.append(1) or run(inputs)
+    try:
+        fresh = np.ascontiguousarray(image[::-1])
+        first = generator.generate(QUESTION, [fresh], options=HOT)
+        assert generator.generate(QUESTION, [fresh], options=HOT).ids == first.ids
+        assert len(runs) == 1
+        assert generator.generate(QUESTION, [image], options=HOT).ids != first.ids
+    finally:
+        vision.run = run
+
+
+def test_text_streams_and_can_be_cancelled(generator):
+    options = GenerateOptions(max_tokens=30, temperature=1.0, seed=4)
+    pieces: list[str] = []
+    whole = generator.generate(PLAIN, options=options, on_text=lambda text: not pieces.append(text))
+    assert "".join(pieces) == whole.text
+    stopped = generator.generate(PLAIN, options=options, on_text=lambda text: False)
+    assert stopped.ended == "cancel"
+    assert whole.text.startswith(stopped.text)
+
+
+def test_the_same_seed_gives_the_same_answer(generator):
+    drawn = [
+        generator.generate(PLAIN, options=GenerateOptions(max_tokens=20, temperature=1.0, seed=seed)).ids
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_context_is_enforced_before_any_work(artifact, monkeypatch):
+    with Generator(artifact) as opened:
+        monkeypatch.setattr(opened, "_session", None)
+        long = (Message(role="user", parts=(Text("word " * (opened.spec.context + 1)),)),)
+        with pytest.raises(TextError, match="tokens"):
+            opened.generate(long)
+        with pytest.raises(TextError, match="places for no image and 1 is given"):
+            opened.generate(PLAIN, [np.zeros((2, 2, 3), np.uint8)])
+
+
+def test_an_artifact_of_another_kind_is_refused(tmp_path):
+    build(recipe(tmp_path / "siglip", model="sample:medsiglip-tiny"), progress=lambda *step: None)
+    with pytest.raises(ArtifactError, match="answering needs embed, decoder and a prompt"):
+        Generator(open_artifact(tmp_path / "siglip"))
+
+
+def test_sampling_by_hand():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    rng = np.random.default_rng(0)
+    assert sample_token(logits, GenerateOptions(), rng) == 0
+
+    def drawn(**options):
+        chosen = GenerateOptions(temperature=1.0, **options)
+        return [sample_token(logits, chosen, rng) for _ in range(4000)]
+
+    assert set(drawn(top_k=2, top_p=1.0)) == {0, 1}
+    # 0.5 + 0.3 reaches 0.6; the third is never drawn.
+    assert set(drawn(top_k=4, top_p=0.6)) == {0, 1}
+    assert np.mean(np.array(drawn(top_k=4, top_p=1.0)) == 0) == pytest.approx(0.5, abs=0.03)
+    assert set(drawn(top_k=4, top_p=0.4)) == {0}
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": 0}, {"top_k": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_options_that_mean_nothing(options):
+    with pytest.raises(ValueError, match="must"):
+        GenerateOptions(**options)

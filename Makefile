@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 MODEL ?= sample:medsiglip-tiny
-OUT ?= build/demo
+OUT := build/demo
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,6 +38,9 @@ demo: $(VENV)/.installed
 	  medgemma-bench $(OUT)/$$precision --samples --against plain=$(OUT)/plain.onnx \
 	    --out $(OUT)/latency-$$precision.json || exit; \
 	done
+	medgemma-export --target onnx --model sample:medgemma-tiny --precision int4 --out $(OUT)/medgemma-int4
+	medgemma-run generate $(OUT)/medgemma-int4 --max-tokens 12 --prompt "Describe this image." --image \
+	  "$$(python -c 'from medgemma_runtime.sample_images import *; print(sample_image_path(SAMPLE_IMAGES[0]))')"
 	medgemma-report $(OUT)/parity-*.json $(OUT)/latency-*.json --out $(OUT)/report
 
 test: $(VENV)/.installed

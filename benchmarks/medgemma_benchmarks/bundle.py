@@ -2,7 +2,7 @@
 
     bundle.json          what was recorded, with which device, dtype and versions, and the hash of every file
     arrays.safetensors   the reference's own model inputs, its embeddings and its logits
-    images/NAME.png      each picture as decoded RGB, lossless
+    images/NAME.png      each image as decoded RGB, lossless
     programs/NAME.onnx   of a packing reference: a component's exact form, to run over the artifact's weights
 
 Two kinds share the form. `float` is the original model in floating point. `packing` is the original model
@@ -40,7 +40,7 @@ from medgemma_runtime.artifact import sha256_file
 from medgemma_runtime.errors import missing_package
 from medgemma_runtime.manifest import FileEntry, ImageSpec
 
-__all__ = ["ReferenceBundle", "ReferencePicture", "open_bundle", "write_bundle", "sha256_pixels"]
+__all__ = ["ReferenceBundle", "DecodedImage", "open_bundle", "write_bundle", "sha256_pixels"]
 
 _ARRAYS = "arrays.safetensors"
 
@@ -55,8 +55,8 @@ _LAYOUT: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferencePicture:
-    """A picture to record: [H, W, 3] uint8 RGB and what is known about it."""
+class DecodedImage:
+    """An image to record: [H, W, 3] uint8 RGB and what is known about it, as in `ReferenceImage`."""
 
     name: str
     modality: str
@@ -64,6 +64,7 @@ class ReferencePicture:
     source: str
     licence: str
     rgb: NDArray[np.uint8]
+    is_sample: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +90,13 @@ class ReferenceBundle:
         return self.directory / _program(component)
 
     def rgb(self, image: ReferenceImage) -> NDArray[np.uint8]:
-        """The decoded picture, [H, W, 3] uint8.
+        """The decoded image, [H, W, 3] uint8.
 
         Raises:
             BundleError: If its pixels do not have the recorded hash.
         """
-        with Image.open(self.directory / _png(image.name)) as picture:
-            rgb = np.asarray(picture.convert("RGB"), dtype=np.uint8)
+        with Image.open(self.directory / _png(image.name)) as stored:
+            rgb = np.asarray(stored.convert("RGB"), dtype=np.uint8)
         if sha256_pixels(rgb) != image.sha256:
             raise BundleError(
                 f"the pixels of {_png(image.name)} do not have the recorded SHA-256; record it again"
@@ -118,7 +119,7 @@ def write_bundle(
     plan_sha256: str | None,
     producer: Producer,
     image: ImageSpec,
-    pictures: Sequence[ReferencePicture],
+    images: Sequence[DecodedImage],
     labels: Sequence[ReferenceLabel],
     arrays: Mapping[str, NDArray[Any]],
     timings: Mapping[str, StageTiming],
@@ -135,7 +136,7 @@ def write_bundle(
         plan_sha256: Of the plan, for `packing`.
         producer: Device, dtype, versions.
         image: What the image processor was set to do.
-        pictures: In the order of the arrays' rows.
+        images: In the order of the arrays' rows.
         labels: Likewise.
         arrays: Those of `ReferenceBundle`.
         timings: By stage name.
@@ -158,16 +159,17 @@ def write_bundle(
             image=image,
             images=tuple(
                 ReferenceImage(
-                    name=picture.name,
-                    modality=picture.modality,
-                    label=picture.label,
-                    source=picture.source,
-                    licence=picture.licence,
-                    width=picture.rgb.shape[1],
-                    height=picture.rgb.shape[0],
-                    sha256=sha256_pixels(picture.rgb),
+                    name=decoded.name,
+                    modality=decoded.modality,
+                    label=decoded.label,
+                    source=decoded.source,
+                    licence=decoded.licence,
+                    width=decoded.rgb.shape[1],
+                    height=decoded.rgb.shape[0],
+                    sha256=sha256_pixels(decoded.rgb),
+                    is_sample=decoded.is_sample,
                 )
-                for picture in pictures
+                for decoded in images
             ),
             labels=tuple(labels),
             timings=dict(timings),
@@ -182,8 +184,8 @@ def write_bundle(
         for folder in ("images", "programs") if programs else ("images",):
             (temporary / folder).mkdir(parents=True)
         save_file({name: np.ascontiguousarray(arrays[name]) for name in arrays}, temporary / _ARRAYS)
-        for picture in pictures:
-            Image.fromarray(picture.rgb).save(temporary / _png(picture.name), compress_level=1)
+        for decoded in images:
+            Image.fromarray(decoded.rgb).save(temporary / _png(decoded.name), compress_level=1)
         for component, path in (programs or {}).items():
             shutil.copyfile(path, temporary / _program(component))
         files = tuple(

@@ -57,17 +57,19 @@ class Producer:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceImage:
-    """One recorded picture.
+    """One recorded image.
 
     Attributes:
         name: Unique in the bundle; `images/NAME.png` holds the pixels.
         modality: Such as `CT` or `fundus`.
         label: The name of the label that fits it, or None when unknown.
         source: Package and file, or `given by the user`.
-        licence: Licence of the picture.
+        licence: Licence of the image.
         width: Columns, pixels.
         height: Rows, pixels.
         sha256: Over the RGB bytes, row by row.
+        is_sample: One of the built-in images, which a report shows. Any other may be of a patient: a report
+            has neither its pixels nor its file name unless asked to.
     """
 
     __pydantic_config__ = _STRICT
@@ -80,6 +82,7 @@ class ReferenceImage:
     width: int
     height: int
     sha256: str
+    is_sample: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ class BundleRecord:
         plan_sha256: Of the QuantPlan whose weights computed the outputs; None for `float`.
         producer: Device, dtype, versions.
         image: What the reference's image processor was set to do.
-        images: The pictures, in the order of the arrays' rows.
+        images: The images, in the order of the arrays' rows.
         labels: The labels, likewise.
         timings: Median per stage of the reference, by stage name.
         programs: The components of which a packing reference has an exact form and a rounded output.
@@ -172,7 +175,7 @@ def read_record(directory: Path) -> BundleRecord:
             f"{directory} has no {BUNDLE_NAME}, so it is no finished reference; "
             "give the directory that medgemma-reference wrote, or record again"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise BundleError(f"{path} is not a JSON object ({error}); record the reference again") from None
     if version != BUNDLE_VERSION:
         raise BundleError(

@@ -1,29 +1,26 @@
 """The command lines `medgemma-parity`, `medgemma-bench` and `medgemma-report`: parse, call, print."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from medgemma_benchmarks.bundle import open_bundle
 from medgemma_benchmarks.gates import load_gates
-from medgemma_benchmarks.latency import LatencyReport, Picture, measure_latency
+from medgemma_benchmarks.latency import LatencyReport, TimedImage, measure_latency
 from medgemma_benchmarks.parity import check_parity
 from medgemma_benchmarks.parity_report import ParityReport
 from medgemma_benchmarks.peers import parse_peer
 from medgemma_benchmarks.results import Result, read_result, to_json
 from medgemma_benchmarks.timing import Repetition
 from medgemma_runtime.artifact import open_artifact
-from medgemma_runtime.command import CHECK_FAILED, printable, run_app
+from medgemma_runtime.command import CHECK_FAILED, printable, progress_bar, run_app
 from medgemma_runtime.errors import EdgeError
-from medgemma_runtime.files import replacing
+from medgemma_runtime.files import check_destination, replacing
 from medgemma_runtime.images import load_image
 from medgemma_runtime.sample_images import LABELS, SAMPLE_IMAGES, load_sample
 
@@ -39,7 +36,9 @@ Examples:
 _BENCH_EXAMPLES = """
 Examples:
 
-  medgemma-bench medsiglip-int8 --threads 4 --batch 1,4 --out bench.json
+  medgemma-bench medsiglip-int8 --threads 4 --out bench.json
+
+  medgemma-bench medsiglip-fp32 --batch 1,4
 
   medgemma-bench medsiglip-int8 --images ./films --against optimum=model.onnx --profile
 """
@@ -87,14 +86,22 @@ def parity(
         list[Path], typer.Option(help="Directory that medgemma-reference wrote; repeat for more.")
     ],
     gates: Annotated[Path | None, typer.Option(help="A TOML file of thresholds instead of ours.")] = None,
+    show_images: Annotated[
+        bool,
+        typer.Option(
+            "--show-images",
+            help="Put thumbnails and file names of your own images into the result; samples always are.",
+        ),
+    ] = False,
     threads: _Threads = None,
     out: _Out = None,
     as_json: _AsJson = False,
 ) -> None:
     """Hold an artifact against recorded references. Exit code 1 when a gate fails."""
+    if out is not None:
+        check_destination(out)
     limits = load_gates(gates)
-    with _progress() as bar:
-        task = bar.add_task("checking files", total=None)
+    with progress_bar("checking files") as progress:
         opened = open_artifact(artifact)
         reports = []
         for directory in reference:
@@ -105,9 +112,8 @@ def parity(
                     bundle,
                     gates=limits,
                     threads=threads,
-                    progress=lambda what, done, total: bar.update(
-                        task, description=what, completed=done, total=total
-                    ),
+                    show_images=show_images,
+                    progress=progress,
                 )
             )
     _deliver(reports[0] if len(reports) == 1 else reports, out, as_json=as_json)
@@ -125,11 +131,13 @@ def bench(
         Path | None, typer.Option(help="Directory of PNG, JPEG or DICOM files to time.")
     ] = None,
     samples: Annotated[
-        bool, typer.Option("--samples", help="Time the built-in pictures; so also if --images is unset.")
+        bool, typer.Option("--samples", help="Time the built-in images; so also if --images is unset.")
     ] = False,
     device: Annotated[Literal["cpu", "npu"], typer.Option(help="Where to run.")] = "cpu",
     threads: _Threads = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes for throughput, as 1,4.")] = "1",
+    batch: Annotated[
+        str, typer.Option(help="Batch sizes for throughput, as 1,4; only 1 where activations are rounded.")
+    ] = "1",
     seconds: Annotated[float, typer.Option(min=0, help="Least time for each stage.")] = 3.0,
     runs: Annotated[int, typer.Option(min=1, help="Least runs of each stage.")] = 20,
     against: Annotated[
@@ -143,27 +151,28 @@ def bench(
     """Measure every stage of an artifact on this device: p50, p90, p99, load and memory."""
     if images is not None and samples:
         raise EdgeError("--images and --samples were both given; choose one")
+    if out is not None:
+        check_destination(out)
     opened = open_artifact(artifact)
     if device == "npu":
         raise EdgeError(
             f"--device npu was asked for and {opened.manifest.target} artifacts run on the CPU only in this "
             "version; measure with --device cpu"
         )
-    pictures = _directory(images) if images is not None else _samples()
+    timed = _directory(images) if images is not None else _samples()
     peers = [parse_peer(text) for text in against or ()]
     batches = _batches(batch)
-    with _progress() as bar:
-        task = bar.add_task("starting", total=None)
+    with progress_bar("starting") as progress:
         report = measure_latency(
             opened,
-            pictures,
+            timed,
             list(LABELS.values()),
             threads=threads,
             batches=batches,
             repetition=Repetition(seconds=seconds, min_runs=runs),
             peers=peers,
             profile=profile,
-            progress=lambda what: bar.update(task, description=what),
+            progress=lambda what: progress(what, 0, 0),
         )
     _deliver(report, out, as_json=as_json)
     if not as_json:
@@ -191,28 +200,19 @@ def _batches(text: str) -> tuple[int, ...]:
         raise EdgeError(f"--batch {text!r} is no list of sizes; give it as 1,4") from None
 
 
-def _samples() -> list[Picture]:
-    return [Picture(name=sample.name, decode=partial(load_sample, sample)) for sample in SAMPLE_IMAGES]
+def _samples() -> list[TimedImage]:
+    return [TimedImage(name=sample.name, decode=partial(load_sample, sample)) for sample in SAMPLE_IMAGES]
 
 
-def _directory(directory: Path) -> list[Picture]:
+def _directory(directory: Path) -> list[TimedImage]:
     paths = sorted(p for p in directory.glob("*") if p.is_file() and not p.name.startswith("."))
     if not paths:
-        raise EdgeError(f"{directory} has no pictures; give a directory of PNG, JPEG or DICOM files")
-    return [Picture(name=path.name, decode=partial(load_image, path)) for path in paths]
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description:<40}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        yield bar
+        raise EdgeError(f"{directory} has no images; give a directory of PNG, JPEG or DICOM files")
+    # A file name may name a patient; a result that is passed on has numbers.
+    return [
+        TimedImage(name=f"image {number}", decode=partial(load_image, path))
+        for number, path in enumerate(paths, start=1)
+    ]
 
 
 def _deliver(results: Result | list[ParityReport], out: Path | None, *, as_json: bool) -> None:
@@ -248,6 +248,11 @@ def _print_parity(report: ParityReport) -> None:
     console.print(table)
     for detail in dict.fromkeys(c.detail for c in report.checks if c.verdict != "PASS" and c.detail):
         console.print(Text(printable(detail)))
+    if report.verdict == "NEAR_TIE":
+        ties = "near tie" if report.near_ties == 1 else "near ties"
+        console.print(
+            f"No gate failed; {report.near_ties} {ties} (margin {report.tie_margin_logits:g} logits)"
+        )
     console.print(Text(f"{report.verdict}  manifest {report.artifact.manifest_sha256}"))
 
 

@@ -24,8 +24,16 @@ Metric = Literal[
     "rounded_cosine_min",
     "logit_error",
     "agreement",
+    "near_tie_share",
 ]
 Verdict = Literal["PASS", "NEAR_TIE", "FAIL"]
+
+_OF_INPUTS: dict[Question, frozenset[Metric]] = {
+    "pixels": frozenset(("differing_uint8", "max_abs_error")),
+    "tokens": frozenset(("differing_ids",)),
+}
+_OF_OUTPUTS: frozenset[Metric] = frozenset(("max_abs_error", "relative_error", "cosine_min"))
+_OF_LABELS: frozenset[Metric] = frozenset(("logit_error", "agreement", "near_tie_share"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +43,7 @@ class Gate:
     Attributes:
         question: What is asked: are the inputs, the lowering, the packing, the scheme right?
         components: What it holds for: a component, `zero-shot` (both towers on the recorded inputs) or
-            `end-to-end` (both from picture and caption).
+            `end-to-end` (both from image and caption).
         precisions: The precisions it holds for.
         metric: The name of the value that is judged.
         at_most: Upper limit, itself allowed; or None.
@@ -56,6 +64,12 @@ class Gate:
     def __post_init__(self) -> None:
         if (self.at_most is None) == (self.at_least is None):
             raise ValueError(f"gate {self.question}/{self.metric} needs one of at_most and at_least")
+        for component in self.components:
+            if self.metric not in (known := _measured(self.question, component)):
+                raise ValueError(
+                    f"{self.metric} is not measured for {self.question} of {component}; "
+                    f"measured are {', '.join(sorted(known))}"
+                )
 
     @property
     def limit(self) -> str:
@@ -80,6 +94,10 @@ class Gates:
     tie_margin_logits: float
     gate: tuple[Gate, ...]
 
+    def __post_init__(self) -> None:
+        if self.tie_margin_logits < 0:
+            raise ValueError(f"tie_margin_logits cannot be negative and is {self.tie_margin_logits}")
+
     def find(self, question: Question, component: str, precision: Precision) -> tuple[Gate, ...]:
         """The gates of one question on one component.
 
@@ -97,6 +115,15 @@ class Gates:
                 "state a threshold and its reason there"
             )
         return found
+
+
+def _measured(question: Question, component: Subject) -> frozenset[Metric]:
+    """The metrics that answer a question about a component."""
+    if question in _OF_INPUTS:
+        return _OF_INPUTS[question]
+    if component in ("zero-shot", "end-to-end"):
+        return _OF_LABELS
+    return _OF_OUTPUTS | {"rounded_cosine_min"} if question == "packing" else _OF_OUTPUTS
 
 
 _ADAPTER: TypeAdapter[Gates] = TypeAdapter(Gates)

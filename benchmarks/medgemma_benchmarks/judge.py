@@ -51,7 +51,8 @@ class Judge:
         """Judge named values of one subject by all gates of a question."""
         for gate in self.gates.find(question, subject, self.precision):
             value = values[gate.metric]
-            # Agreement is None where every image is a near tie: then nothing was decided, and nothing failed.
+            # Agreement is None where every image is a near tie: then nothing was decided, which the
+            # gate on their share judges.
             undecided = gate.metric == "agreement" and near_ties > 0
             verdict: Verdict = gate.judge(value)
             if undecided and (value is None or verdict == "PASS"):
@@ -95,7 +96,11 @@ class Judge:
                 if found
             ]
             detail = "; ".join(parts)
-        values = {"logit_error": result.logit_error, "agreement": result.agreement}
+        values = {
+            "logit_error": result.logit_error,
+            "agreement": result.agreement,
+            "near_tie_share": result.near_tie_share,
+        }
         self.values(self.question, where, values, near_ties=result.near_ties, detail=detail)
 
 
@@ -147,6 +152,7 @@ def compare_zero_shot(*, actual: NDArray[Any], reference: NDArray[Any], tie_marg
         choices=choices,
         agreement=same / decided if decided else None,
         near_ties=near,
+        near_tie_share=near / len(choices),
         logit_error=error,
         kl_mean=float(divergence.mean()),
         undefined=None,

@@ -20,24 +20,25 @@ from medgemma_benchmarks.process_cost import ProcessCost, measure_process_cost, 
 from medgemma_benchmarks.timing import Distribution, Repetition, measure
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends import open_session
+from medgemma_runtime.embed import unit_length
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.images import normalize, preprocess, resize
 from medgemma_runtime.session import Session
 from medgemma_runtime.text import load_tokenizer
 
-__all__ = ["LatencyReport", "Picture", "Throughput", "OperatorShare", "measure_latency"]
+__all__ = ["LatencyReport", "TimedImage", "Throughput", "OperatorShare", "measure_latency"]
 
 _PROFILED_RUNS = 5
 METHOD = (
-    "Each stage is warmed up and then repeated for a minimum time and a minimum count, one picture after the "
+    "Each stage is warmed up and then repeated for a minimum time and a minimum count, one image after the "
     "other, on a monotonic clock; garbage collection is off while a stage is timed. Percentiles are measured "
     "times (nearest rank). Load and memory come from fresh processes."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A picture to time: its name and how to decode it from its file to [H, W, 3] uint8."""
+class TimedImage:
+    """An image to time: its name and how to decode it from its file to [H, W, 3] uint8."""
 
     name: str
     decode: Callable[[], NDArray[np.uint8]]
@@ -76,9 +77,9 @@ class LatencyReport:
         device: Which machine, and the threads asked for.
         method: How it was measured, for the reader.
         repetition: The minima.
-        pictures: Names of the pictures, in turn.
+        images: Names of the images, in turn.
         stages: Times by stage: `decode`, `resize`, `normalize`, `image` (the model), `tokenize`, `text` (the
-            model, one caption) and `end-to-end` (picture file to label probabilities, or to the embedding
+            model, one caption) and `end-to-end` (image file to label probabilities, or to the embedding
             where the artifact has no text component; label embeddings are computed before).
         throughput: By batch size.
         processes: Cost of opening each component alone and all together.
@@ -93,7 +94,7 @@ class LatencyReport:
     device: DeviceDescription
     method: str
     repetition: Repetition
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     stages: dict[str, Distribution]
     throughput: tuple[Throughput, ...]
     processes: tuple[ProcessCost, ...]
@@ -103,7 +104,7 @@ class LatencyReport:
 
 def measure_latency(
     artifact: Artifact,
-    pictures: Sequence[Picture],
+    images: Sequence[TimedImage],
     captions: Sequence[str],
     *,
     threads: int | None = None,
@@ -117,30 +118,35 @@ def measure_latency(
 
     Args:
         artifact: An opened artifact.
-        pictures: At least one, where the artifact has an image component.
+        images: At least one, where the artifact has an image component.
         captions: At least one, where it has a text component.
         threads: Threads for one operator; None leaves the choice to the engine.
-        batches: Batch sizes for throughput.
+        batches: Batch sizes for throughput. An artifact that rounds activations takes 1, as in `Embedder`.
         repetition: How often each stage runs; None for the defaults.
         peers: ONNX programs of the same image tower to run in turns with it.
         profile: Also share out the engine's time by operator.
         progress: Called with what is measured next.
 
     Raises:
-        EdgeError: If inputs are missing, a batch size is not one the program takes, or a peer cannot run.
+        EdgeError: If inputs are missing or cannot be decoded, a batch size is not one the program takes or
+            the artifact allows, an output has no direction, or a peer cannot run.
     """
     repetition = repetition if repetition is not None else Repetition()
     say = progress if progress is not None else lambda _: None
     names = [name for name in ("image", "text") if name in artifact.manifest.components]
     if not names:
         raise EdgeError(f"{artifact.directory.name} has neither an image nor a text component to measure")
-    if "image" in names and not pictures:
-        raise EdgeError("the artifact has an image component and no picture was given to time it with")
+    if "image" in names and not images:
+        raise EdgeError("the artifact has an image component and no image was given to time it with")
     if "text" in names and not captions:
         raise EdgeError("the artifact has a text component and no caption was given to time it with")
     if peers and "image" not in names:
         raise EdgeError(f"{artifact.directory.name} has no image component to compare with a peer")
     _check_batches(artifact, names, batches)
+    if "image" in names:
+        say("decoding images")
+        for image in images:
+            image.decode()  # a file that is no image ends the run here, not minutes later
 
     # Fresh processes first, while this one is small and holds none of the artifact's files.
     processes = []
@@ -158,14 +164,14 @@ def measure_latency(
         session.close()
     if "image" in names:
         session = open_session(artifact, "image", threads=threads)
-        stages |= _measure_image(artifact, session, pictures, label_embeddings, repetition, say)
-        pixels = _pixels(artifact, pictures)
+        stages |= _measure_image(artifact, session, images, label_embeddings, repetition, say)
+        pixels = _pixels(artifact, images)
         for batch in batches:
             say(f"throughput at batch {batch}")
             throughput.append(_measure_throughput(session, pixels, batch, repetition))
         for peer in peers:
             say(f"in turns with {peer.name}")
-            theirs = open_peer(peer, artifact, threads=threads)
+            theirs = open_peer(peer, threads=threads)
             comparisons.append(compare_with_peer(session, theirs, peer, pixels, repetition=repetition))
             theirs.close()
         session.close()
@@ -176,7 +182,7 @@ def measure_latency(
         device=describe_device(threads=threads),
         method=METHOD,
         repetition=repetition,
-        pictures=tuple(picture.name for picture in pictures),
+        images=tuple(image.name for image in images),
         stages=stages,
         throughput=tuple(throughput),
         processes=tuple(processes),
@@ -188,6 +194,13 @@ def measure_latency(
 def _check_batches(artifact: Artifact, names: Sequence[str], batches: Sequence[int]) -> None:
     if any(batch < 1 for batch in batches):
         raise EdgeError(f"batch sizes must be at least 1 and are {', '.join(map(str, batches))}")
+    activations = artifact.manifest.quantization.activations
+    if max(batches) > 1 and activations != "float":
+        raise EdgeError(
+            f"batches of {', '.join(map(str, batches))} were asked for and {artifact.directory.name} rounds "
+            f"activations ({activations}), so that images in one batch could change each other's embeddings "
+            "and the runtime takes one at a time; measure with --batch 1"
+        )
     if "image" in names:
         fixed = artifact.component("image").inputs[0].shape[0]
         if isinstance(fixed, int) and set(batches) != {fixed}:
@@ -215,37 +228,37 @@ def _measure_text(
     say("timing text")
     text = measure(lambda run: session.run({"input_ids": ids[run % len(ids)]}), repetition)
     embeddings = np.concatenate([session.run({"input_ids": row})["pooler_output"] for row in ids])
-    return {"tokenize": tokenize, "text": text}, _unit(embeddings)
+    return {"tokenize": tokenize, "text": text}, unit_length(embeddings, "text")
 
 
 def _measure_image(
     artifact: Artifact,
     session: Session,
-    pictures: Sequence[Picture],
+    images: Sequence[TimedImage],
     labels: NDArray[np.float32] | None,
     repetition: Repetition,
     say: Callable[[str], None],
 ) -> dict[str, Distribution]:
-    """Times of every stage from a picture's file to label probabilities."""
+    """Times of every stage from an image's file to label probabilities."""
     spec, similarity = artifact.manifest.image, artifact.manifest.similarity
     if spec is None:
         raise EdgeError(
             f"{artifact.directory.name} has an image component and no image spec; export it again"
         )
-    decoded = [picture.decode() for picture in pictures]
+    decoded = [image.decode() for image in images]
     resized = [resize(rgb, spec) for rgb in decoded]
     pixels = [normalize(rgb, spec)[None] for rgb in resized]
-    n = len(pictures)
+    n = len(images)
 
     def end_to_end(run: int) -> NDArray[np.float64]:
-        model_input = preprocess(pictures[run % n].decode(), spec)[None]
-        embedding = _unit(session.run({"pixel_values": model_input})["pooler_output"])
+        model_input = preprocess(images[run % n].decode(), spec)[None]
+        embedding = unit_length(session.run({"pixel_values": model_input})["pooler_output"], "image")
         if labels is None or similarity is None:
             return embedding.astype(np.float64)
         return probabilities(similarity.scale * (embedding @ labels.T) + similarity.bias)
 
     work: dict[str, Callable[[int], object]] = {
-        "decode": lambda run: pictures[run % n].decode(),
+        "decode": lambda run: images[run % n].decode(),
         "resize": lambda run: resize(decoded[run % n], spec),
         "normalize": lambda run: normalize(resized[run % n], spec),
         "image": lambda run: session.run({"pixel_values": pixels[run % n]}),
@@ -258,10 +271,10 @@ def _measure_image(
     return stages
 
 
-def _pixels(artifact: Artifact, pictures: Sequence[Picture]) -> list[NDArray[np.float32]]:
+def _pixels(artifact: Artifact, images: Sequence[TimedImage]) -> list[NDArray[np.float32]]:
     spec = artifact.manifest.image
     assert spec is not None  # _measure_image has refused it
-    return [preprocess(picture.decode(), spec)[None] for picture in pictures]
+    return [preprocess(image.decode(), spec)[None] for image in images]
 
 
 def _measure_throughput(
@@ -270,12 +283,6 @@ def _measure_throughput(
     inputs = np.concatenate([pixels[index % len(pixels)] for index in range(batch)])
     times = measure(lambda _: session.run({"pixel_values": inputs}), repetition)
     return Throughput(batch=batch, images_per_second=batch / times.p50_ms * 1e3, times=times)
-
-
-def _unit(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-    with np.errstate(invalid="ignore"):  # a row without length has no unit, and takes as long
-        unit: NDArray[np.float32] = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return unit
 
 
 def _profile(

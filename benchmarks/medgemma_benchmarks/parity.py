@@ -7,14 +7,17 @@ inputs, so that a preprocessing error can neither hide nor fake another, one of
 - packing: the quantized artifact against the reference that carries the same integers,
 - scheme: the quantized artifact against the float reference.
 
-And last, end to end: from each picture and caption, through the runtime alone, to a zero-shot label.
+And last, end to end: from each decoded image and caption, through the runtime alone, to a zero-shot label.
+Decoding a file (DICOM windows, EXIF) is the runtime's own work in the reference too, because transformers
+does not do it; the runtime's tests hold it against pydicom and Pillow.
 """
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +29,7 @@ from medgemma_benchmarks.device import describe_device
 from medgemma_benchmarks.gates import Gates, Question, load_gates, worst
 from medgemma_benchmarks.identity import describe_artifact
 from medgemma_benchmarks.judge import Judge, compare_component, compare_zero_shot
-from medgemma_benchmarks.metrics import (
-    Choice,
-    max_abs_error,
-)
+from medgemma_benchmarks.metrics import Choice, max_abs_error
 from medgemma_benchmarks.parity_report import (
     ComponentParity,
     ImageParity,
@@ -40,16 +40,14 @@ from medgemma_benchmarks.parity_report import (
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends import open_session
 from medgemma_runtime.backends.ort import OrtSession
-from medgemma_runtime.embed import Embedder, logits
+from medgemma_runtime.command import Progress
+from medgemma_runtime.embed import Embedder, NoDirectionError, logits, unit_length
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.images import normalize, resize
-from medgemma_runtime.manifest import ImageSpec, Manifest
+from medgemma_runtime.manifest import ImageSpec, Manifest, Similarity
 from medgemma_runtime.text import load_tokenizer
 
-__all__ = ["check_parity", "ParityError", "Progress"]
-
-# Called with what is being done, steps done, and steps in all.
-Progress = Callable[[str, int, int], None]
+__all__ = ["check_parity", "ParityError"]
 
 _THUMBNAIL_PIXELS = 112
 _INPUT = {"image": "pixel_values", "text": "input_ids"}
@@ -66,6 +64,7 @@ def check_parity(
     *,
     gates: Gates | None = None,
     threads: int | None = None,
+    show_images: bool = False,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Answer every question that this artifact and this reference allow.
@@ -75,22 +74,32 @@ def check_parity(
         bundle: A reference of the same checkpoint; of the same plan, where its kind is `packing`.
         gates: The thresholds; None for those this package ships.
         threads: Threads for one operator; None leaves the choice to the engine.
+        show_images: Name and show every image. Otherwise only samples are: an image given by the user may be
+            of a patient, and so may its file name, so the report counts it and shows nothing of it.
         progress: Called before every step.
 
     Raises:
-        ParityError: If the reference is of another checkpoint or plan, or cannot answer any question here.
+        ParityError: If the reference is of another checkpoint or plan, was not computed in float32, or cannot
+            answer any question here.
+        EdgeError: If the runtime refuses an image or a caption, or a component fails.
     """
     manifest, record = artifact.manifest, bundle.record
     question = _question(manifest, record)
     components = _shared_components(manifest, record)
     judge = Judge(question, manifest.precision, gates if gates is not None else load_gates())
-    asks_labels = question != "packing" and set(components) == set(_INPUT) and manifest.similarity is not None
+    asks_labels = (
+        question != "packing"
+        and set(components) == set(_INPUT)
+        and manifest.similarity is not None
+        and len(record.labels) > 1  # of one label, every image has the right one
+    )
     # A component's recorded inputs run once, and for packing once more in its exact form.
     passes = 2 if asks_labels or question == "packing" else 1
     steps = _Steps(components, record, passes, progress)
+    names = _shown_names(record, show_images=show_images)
 
     if "image" in components:
-        _check_pixels(manifest, bundle, judge, steps)
+        _check_pixels(manifest, bundle, names, judge, steps)
     if "text" in components:
         _check_tokens(artifact, bundle, judge)
 
@@ -110,26 +119,22 @@ def check_parity(
 
     zero_shot = images = None
     if asks_labels and manifest.similarity is not None:
-        recorded = logits(_unit(outputs["image"]), _unit(outputs["text"]), manifest.similarity)
-        embeddings, alone = _run_end_to_end(artifact, bundle, threads, steps)
-        tie_margin = judge.gates.tie_margin_logits
+        on_recorded = {name: _Embeddings.of(name, outputs[name]) for name in components}
+        alone = _run_end_to_end(artifact, bundle, threads, steps)
         zero_shot = {
-            "zero-shot": compare_zero_shot(
-                actual=recorded, reference=bundle.arrays["logits"], tie_margin=tie_margin
-            ),
-            "end-to-end": compare_zero_shot(
-                actual=alone, reference=bundle.arrays["logits"], tie_margin=tie_margin
-            ),
+            where: _compare_labels(found, bundle, manifest.similarity, judge.gates.tie_margin_logits)
+            for where, found in (("zero-shot", on_recorded), ("end-to-end", alone))
         }
         for where, result in zero_shot.items():
-            judge.zero_shot(where, result, [image.name for image in record.images])
-        images = _image_rows(bundle, embeddings, zero_shot["end-to-end"])
+            judge.zero_shot(where, result, names)
+        images = _image_rows(bundle, alone["image"].rows(), zero_shot["end-to-end"], show_images=show_images)
 
     return ParityReport(
         artifact=describe_artifact(artifact),
         reference=describe_reference(bundle),
         device=describe_device(threads=threads),
         question=question,
+        tie_margin_logits=judge.gates.tie_margin_logits,
         verdict=worst(tuple(check.verdict for check in judge.checks)),
         checks=tuple(judge.checks),
         components=parities,
@@ -150,6 +155,11 @@ def _question(manifest: Manifest, record: BundleRecord) -> Question:
             f"reference from {record.model_id} with weights {record.weights_sha256[:12]}; "
             "record a reference of the artifact's checkpoint"
         )
+    if record.producer.dtype != "float32":
+        raise ParityError(
+            f"the reference was computed in {record.producer.dtype}, whose own error is as large as those "
+            "that the gates look for; record the reference in float32"
+        )
     if record.kind == "packing":
         if manifest.precision not in ("int8", "int4"):
             raise ParityError(
@@ -162,14 +172,7 @@ def _question(manifest: Manifest, record: BundleRecord) -> Question:
                 f"carries plan {str(record.plan_sha256)[:12]}; record the packing reference of this artifact"
             )
         return "packing"
-    if manifest.precision != "fp32":
-        return "scheme"
-    if record.producer.dtype != "float32":
-        raise ParityError(
-            f"the artifact is fp32 and the reference was computed in {record.producer.dtype}, which is "
-            "coarser than the error to be found; record the reference in float32"
-        )
-    return "lowering"
+    return "lowering" if manifest.precision == "fp32" else "scheme"
 
 
 def _shared_components(manifest: Manifest, record: BundleRecord) -> tuple[str, ...]:
@@ -191,7 +194,7 @@ class _Steps:
     ):
         rows = {"image": len(record.images), "text": len(record.labels)}
         self.total = passes * sum(rows[name] for name in components)
-        # Pictures are preprocessed once more.
+        # Images are preprocessed once more.
         self.total += rows["image"] if "image" in components else 0
         self.done = 0
         self.progress = progress
@@ -202,25 +205,35 @@ class _Steps:
         self.done += 1
 
 
-def _check_pixels(manifest: Manifest, bundle: ReferenceBundle, judge: Judge, steps: _Steps) -> None:
+def _shown_names(record: BundleRecord, *, show_images: bool) -> list[str]:
+    """What the report calls each image: its name, or its number in the bundle."""
+    return [
+        image.name if image.is_sample or show_images else f"image {number}"
+        for number, image in enumerate(record.images, start=1)
+    ]
+
+
+def _check_pixels(
+    manifest: Manifest, bundle: ReferenceBundle, names: Sequence[str], judge: Judge, steps: _Steps
+) -> None:
     spec, record = manifest.image, bundle.record
     if spec is None:
         raise ParityError("the artifact has an image component and no image spec; export it again")
     if (spec.height, spec.width) != (record.image.height, record.image.width):
         raise ParityError(
-            f"the artifact takes pictures of {spec.height}x{spec.width} and the reference was recorded at "
+            f"the artifact takes images of {spec.height}x{spec.width} and the reference was recorded at "
             f"{record.image.height}x{record.image.width}; record the reference of this model"
         )
     differing, largest, odd = 0, 0.0, []
-    for image, recorded in zip(record.images, bundle.arrays["image.pixel_values"], strict=True):
-        steps.take("preprocessing pictures")
+    for image, name, recorded in zip(record.images, names, bundle.arrays["image.pixel_values"], strict=True):
+        steps.take("preprocessing images")
         resized = resize(bundle.rgb(image), spec)
         pixels = normalize(resized, spec)
         count = int(np.count_nonzero(resized != _as_uint8(recorded, record.image)))
         largest = max(largest, max_abs_error(actual=pixels, reference=recorded))
         differing += count
         if count:
-            odd.append(image.name)
+            odd.append(name)
     detail = "; ".join(filter(None, [", ".join(odd), _spec_difference(spec, record.image)]))
     judge.values("pixels", "image", {"differing_uint8": differing, "max_abs_error": largest}, detail=detail)
 
@@ -285,60 +298,87 @@ def _run_recorded(
     return np.concatenate(rows)
 
 
+class _Embeddings:
+    """One component's embeddings of unit length, row by row; a row without a direction is NaN.
+
+    No gate passes NaN; `causes` say why there is any.
+    """
+
+    def __init__(self, width: int):
+        self._rows: list[NDArray[np.float32]] = []
+        self._width = width
+        self.causes: list[str] = []
+
+    @classmethod
+    def of(cls, component: str, outputs: NDArray[Any]) -> Self:
+        """From a component's outputs [N, D]."""
+        embeddings = cls(outputs.shape[1])
+        for row in outputs:
+            embeddings.add(partial(unit_length, row[None], component))
+        return embeddings
+
+    def add(self, embed: Callable[[], NDArray[np.float32]]) -> None:
+        """Add what `embed` gives, [1, D]. Of its errors only a lack of direction is a row of NaN."""
+        try:
+            self._rows.append(embed())
+        except NoDirectionError as error:
+            self._rows.append(np.full((1, self._width), np.nan, dtype=np.float32))
+            self.causes.append(str(error))
+
+    def rows(self) -> NDArray[np.float32]:
+        """All rows, [N, D]."""
+        return np.concatenate(self._rows)
+
+
 def _run_end_to_end(
     artifact: Artifact, bundle: ReferenceBundle, threads: int | None, steps: _Steps
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Image embeddings [N, D] and logits [N, M] of the runtime alone, from pictures and captions.
-
-    Where the runtime refuses a row, because an output is NaN, that row is NaN here too.
-    """
+) -> dict[str, _Embeddings]:
+    """Embeddings by component of the runtime alone, from images and captions."""
     record = bundle.record
-    width = bundle.arrays[f"image.{_OUTPUT}"].shape[1]
-    image, text = [], []
+    found = {name: _Embeddings(bundle.arrays[f"{name}.{_OUTPUT}"].shape[1]) for name in _INPUT}
     with Embedder(artifact, threads=threads) as embedder:
         for entry in record.images:
-            steps.take("pictures end to end")
-            image.append(_or_nan(partial(embedder.embed_images, [bundle.rgb(entry)]), width))
+            steps.take("images end to end")
+            found["image"].add(partial(embedder.embed_images, [bundle.rgb(entry)]))
+        # Closed before the next one opens, as above.
         embedder.close()
         for label in record.labels:
             steps.take("captions end to end")
-            text.append(_or_nan(partial(embedder.embed_texts, [label.caption]), width))
-        images, texts = np.concatenate(image), np.concatenate(text)
-        return images, logits(images, texts, embedder.similarity)
+            found["text"].add(partial(embedder.embed_texts, [label.caption]))
+    return found
 
 
-def _or_nan(embed: Callable[[], NDArray[np.float32]], width: int) -> NDArray[np.float32]:
-    try:
-        return embed()
-    except EdgeError:
-        return np.full((1, width), np.nan, dtype=np.float32)
-
-
-def _unit(embeddings: NDArray[Any]) -> NDArray[np.float32]:
-    """[N, D] at unit length; a row that has none becomes NaN, which no gate passes."""
-    rows = np.asarray(embeddings, dtype=np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        unit: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    return unit
+def _compare_labels(
+    found: Mapping[str, _Embeddings], bundle: ReferenceBundle, similarity: Similarity, tie_margin: float
+) -> ZeroShotParity:
+    """Labels by embeddings against the reference's; where they are undefined, the causes say why."""
+    result = compare_zero_shot(
+        actual=logits(found["image"].rows(), found["text"].rows(), similarity),
+        reference=bundle.arrays["logits"],
+        tie_margin=tie_margin,
+    )
+    causes = dict.fromkeys(found["image"].causes + found["text"].causes)
+    return replace(result, undefined="; ".join(causes)) if causes else result
 
 
 def _image_rows(
-    bundle: ReferenceBundle, embeddings: NDArray[Any], zero_shot: ZeroShotParity
+    bundle: ReferenceBundle, embeddings: NDArray[Any], zero_shot: ZeroShotParity, *, show_images: bool
 ) -> tuple[ImageParity, ...]:
     rows = []
+    names = _shown_names(bundle.record, show_images=show_images)
     labels = [label.name for label in bundle.record.labels]
     parity = compare_component(actual=embeddings, reference=bundle.arrays[f"image.{_OUTPUT}"])
-    for index, image in enumerate(bundle.record.images):
+    for index, (image, name) in enumerate(zip(bundle.record.images, names, strict=True)):
         choice: Choice | None = zero_shot.choices[index] if zero_shot.choices is not None else None
         wanted = int(np.argmax(zero_shot.reference_probabilities[index]))
         rows.append(
             ImageParity(
-                name=image.name,
+                name=name,
                 modality=image.modality,
                 label=image.label,
                 source=image.source,
                 licence=image.licence,
-                thumbnail=_thumbnail(bundle.rgb(image)),
+                thumbnail=_thumbnail(bundle.rgb(image)) if image.is_sample or show_images else None,
                 cosine=parity.cosines[index] if parity.cosines is not None else None,
                 predicted=labels[choice.actual] if choice is not None else None,
                 probability=(
@@ -357,8 +397,8 @@ def _image_rows(
 
 def _thumbnail(rgb: NDArray[np.uint8]) -> str:
     """A small PNG as a data URI, so that a report needs no other file."""
-    picture = Image.fromarray(rgb)
-    picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+    small = Image.fromarray(rgb)
+    small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
     stream = io.BytesIO()
-    picture.save(stream, format="PNG", optimize=True)
+    small.save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -107,6 +107,7 @@ class ZeroShotParity:
         choices: One for each image.
         agreement: Share of images with the reference's label, without near ties; None when all are.
         near_ties: How many were left out.
+        near_tie_share: Their share of all images.
         logit_error: Largest difference of one logit.
         kl_mean: Mean over images of KL(reference || artifact), nats.
         undefined: Why the values are None, if they are.
@@ -119,6 +120,7 @@ class ZeroShotParity:
     choices: tuple[Choice, ...] | None = None
     agreement: float | None = None
     near_ties: int
+    near_tie_share: float | None = None
     logit_error: float | None = None
     kl_mean: float | None = None
     undefined: str | None
@@ -126,15 +128,15 @@ class ZeroShotParity:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageParity:
-    """One picture, end to end.
+    """One image, end to end.
 
     Attributes:
-        name: In the bundle.
+        name: In the bundle, or `image N`, its number there, where it is not shown.
         modality: Such as `CT`.
         label: The label that fits it, where known.
         source: Package and file.
-        licence: Of the picture.
-        thumbnail: A small PNG as a data URI.
+        licence: Of the image.
+        thumbnail: A small PNG as a data URI; None where the image is not shown.
         cosine: Of the artifact's embedding with the reference's.
         predicted: The artifact's label.
         probability: Its softmax probability.
@@ -151,7 +153,7 @@ class ImageParity:
     label: str | None
     source: str
     licence: str
-    thumbnail: str
+    thumbnail: str | None
     cosine: float | None
     predicted: str | None
     probability: float | None
@@ -171,15 +173,17 @@ class ParityReport:
         reference: Which reference, on which device and in which dtype.
         device: Where the artifact ran.
         question: `lowering`, `packing` or `scheme`.
+        tie_margin_logits: Below this distance of two of the reference's logits its preference is a near tie.
         verdict: The worst of all checks.
         checks: Every gate.
         components: By component; for packing, of its exact form.
         rounded: For packing, of the shipped program against the reference that rounds as it does.
-        zero_shot: `zero-shot` from the recorded inputs, `end-to-end` from pictures and captions; None
-            when the artifact lacks a tower, and for packing, whose labels are the scheme's concern.
+        zero_shot: `zero-shot` from the recorded inputs, `end-to-end` from images and captions; None
+            when the artifact lacks a tower, when there is one label to choose from, and for packing, whose
+            labels are the scheme's concern.
         labels: Names, in the order of the columns.
         captions: What the text tower read for each.
-        images: One row a picture; None when `zero_shot` is.
+        images: One row an image; None when `zero_shot` is.
     """
 
     __pydantic_config__ = _STRICT
@@ -189,6 +193,7 @@ class ParityReport:
     reference: ReferenceDescription
     device: DeviceDescription
     question: Question
+    tie_margin_logits: float
     verdict: Verdict
     checks: tuple[Check, ...]
     components: dict[str, ComponentParity]
@@ -197,6 +202,11 @@ class ParityReport:
     labels: tuple[str, ...]
     captions: tuple[str, ...]
     images: tuple[ImageParity, ...] | None
+
+    @property
+    def near_ties(self) -> int:
+        """Images left undecided: of the two ways to a label, the one with more of them counts."""
+        return max((result.near_ties for result in (self.zero_shot or {}).values()), default=0)
 
 
 def describe_reference(bundle: ReferenceBundle) -> ReferenceDescription:

@@ -1,8 +1,12 @@
-"""Side by side with another ONNX program of the same image tower: same pixels, threads, engine, in turns."""
+"""Side by side with another ONNX program of the same image tower: same pixels, threads, engine, in turns.
+
+The peer runs as whoever made it would run it: with ONNX Runtime's default session options, of which only the
+threads and the log level are set. The artifact runs with the runtime's own options.
+"""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,25 @@ from pydantic import ConfigDict
 
 from medgemma_benchmarks.metrics import cosine
 from medgemma_benchmarks.timing import Distribution, Repetition, distribution, paused_gc
-from medgemma_runtime.artifact import Artifact, sha256_file
+from medgemma_runtime.artifact import sha256_file
 from medgemma_runtime.errors import EdgeError
-from medgemma_runtime.manifest import ComponentEntry, FileEntry, TensorSpec
-from medgemma_runtime.session import Session
+from medgemma_runtime.manifest import ComponentEntry, TensorSpec
+from medgemma_runtime.session import Session, check_inputs
 
 __all__ = ["PeerModel", "PeerComparison", "parse_peer", "open_peer", "compare_with_peer"]
 
 # What exporters call the pooled output of a SigLIP tower; `image_embeds` is the same at unit length.
 _OUTPUTS = ("pooler_output", "image_embeds")
+
+# Twice the time for which ONNX Runtime's threads spin after a run by default, measured at about 50 ms on two
+# cores: without it, those of one program would slow the next run of the other.
+_PAUSE_SECONDS = 0.1
+_METHOD = (
+    "In one process, on the same images, with as many threads. Peer: ONNX Runtime's default session options, "
+    "only threads and log level set; artifact: the runtime's own. Each goes first in every other pair (A B, "
+    f"B A, ...), and {_PAUSE_SECONDS * 1e3:.0f} ms pass before every run, so that spinning threads of one do "
+    "not slow the other."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +47,10 @@ class PeerModel:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerComparison:
-    """The artifact and a peer, run in turns (A B A B ...), so that heat and neighbours hit both.
+    """The artifact and a peer, run in turns (A B, B A, ...), so that heat and neighbours hit both.
 
     Attributes:
+        method: How they were run, for the reader.
         name: Of the peer.
         sha256: Of the peer's .onnx file.
         size_bytes: Of that file and of the external data beside it with its name.
@@ -44,11 +59,12 @@ class PeerComparison:
         ratio_median: Median over pairs of the peer's time by ours: above 1 we are faster.
         ratio_min: Lowest of a pair.
         ratio_max: Highest of a pair.
-        cosine_min: Lowest cosine of the two outputs over the pictures.
+        cosine_min: Lowest cosine of the two outputs over the images.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    method: str
     name: str
     sha256: str
     size_bytes: int
@@ -74,38 +90,54 @@ def parse_peer(text: str) -> PeerModel:
     return PeerModel(name=name, path=Path(path))
 
 
-def open_peer(peer: PeerModel, artifact: Artifact, *, threads: int | None) -> Session:
-    """Open a peer as if it were the artifact's image component, so that one class sets up both engines.
+def open_peer(peer: PeerModel, *, threads: int | None) -> Session:
+    """Open a peer with ONNX Runtime's default session options; only threads and log level are set.
+
+    The session's first output is the pooled one.
 
     Raises:
         EdgeError: If ONNX Runtime cannot load it, or it is not an image tower.
     """
-    from medgemma_runtime.backends.ort import OrtSession
-
-    manifest = artifact.manifest
-    plan = [entry for entry in manifest.files if entry.path == manifest.quantization.plan]
-    size = peer.path.stat().st_size
-    program = FileEntry(path=peer.path.name, size_bytes=size, sha256=sha256_file(peer.path))
-    as_component = replace(
-        manifest,
-        components={"image": _signature(peer)},
-        text=None,
-        files=(*plan, program),
-    )
-    return OrtSession(Artifact(directory=peer.path.parent, manifest=as_component), "image", threads=threads)
+    return _PeerSession(peer, threads=threads)
 
 
-def _signature(peer: PeerModel) -> ComponentEntry:
-    """What a peer's program takes and gives, read from the program without preparing its kernels."""
-    import onnxruntime
+class _PeerSession:
+    """A peer's program as a `Session`."""
 
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # what goes wrong is raised
-    try:
-        session = onnxruntime.InferenceSession(str(peer.path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no public base class
-        raise EdgeError(f"ONNX Runtime cannot load the peer {peer.name}: {error}") from None
+    def __init__(self, peer: PeerModel, *, threads: int | None) -> None:
+        import onnxruntime
+
+        # Official builds report usage to Microsoft unless told otherwise.
+        onnxruntime.disable_telemetry_events()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        started = time.perf_counter()
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(peer.path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's errors share no public base class
+            raise EdgeError(f"ONNX Runtime cannot load the peer {peer.name}: {error}") from None
+        self.load_seconds = time.perf_counter() - started
+        self.entry = _signature(peer, self._session)
+        self._name = peer.name
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        check_inputs(self.entry, inputs)
+        names = [spec.name for spec in self.entry.outputs]
+        try:
+            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        except Exception as error:
+            raise EdgeError(f"the peer {self._name} failed while running: {error}") from None
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _signature(peer: PeerModel, session: Any) -> ComponentEntry:
+    """What a peer's program takes and gives."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
         found = ", ".join(f"{node.name} {node.type} {node.shape}" for node in inputs)
@@ -146,14 +178,14 @@ def compare_with_peer(
     *,
     repetition: Repetition,
 ) -> PeerComparison:
-    """Run both in turns on the same pictures.
+    """Run both in turns on the same images.
 
     Args:
         ours: The artifact's opened image component.
         theirs: The peer, opened by `open_peer` with as many threads.
         peer: Its name and file.
         pixels: Model inputs, each [1, 3, H, W].
-        repetition: How many pairs, counted as runs.
+        repetition: How many pairs, counted as runs and rounded up to an even number.
 
     Raises:
         EdgeError: If the peer is no image tower for these pixels, or its embeddings have another width.
@@ -169,17 +201,20 @@ def compare_with_peer(
     theirs_ms: list[float] = []
     with paused_gc():
         begin = time.perf_counter()
-        while not repetition.is_enough(len(ours_ms), time.perf_counter() - begin):
-            image = pixels[len(ours_ms) % len(pixels)]
-            start = time.perf_counter_ns()
-            _run(ours, image)
-            middle = time.perf_counter_ns()
-            _run(theirs, image)
-            end = time.perf_counter_ns()
-            ours_ms.append((middle - start) / 1e6)
-            theirs_ms.append((end - middle) / 1e6)
+        pairs = 0
+        # An even number of pairs: each goes first as often as the other.
+        while pairs % 2 or not repetition.is_enough(pairs, time.perf_counter() - begin):
+            image = pixels[pairs % len(pixels)]
+            turns = [(ours, ours_ms), (theirs, theirs_ms)]
+            for session, times_ms in turns if pairs % 2 == 0 else turns[::-1]:
+                time.sleep(_PAUSE_SECONDS)
+                start = time.perf_counter_ns()
+                _run(session, image)
+                times_ms.append((time.perf_counter_ns() - start) / 1e6)
+            pairs += 1
     ratios = np.array(theirs_ms) / np.array(ours_ms)
     return PeerComparison(
+        method=_METHOD,
         name=peer.name,
         sha256=sha256_file(peer.path),
         size_bytes=sum(

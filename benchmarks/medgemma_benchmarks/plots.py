@@ -35,11 +35,11 @@ class Plot:
 
 
 def plot_cosines(names: Sequence[str], cosines: Mapping[str, Sequence[float]]) -> Plot:
-    """1 - cosine of each picture's embedding with the reference's, a mark for each artifact.
+    """1 - cosine of each image's embedding with the reference's, a mark for each artifact.
 
     Args:
-        names: Of the pictures.
-        cosines: By artifact, one for each picture.
+        names: Of the images.
+        cosines: By artifact, one for each image.
     """
     figure, axes = _figure(width=7.2, height=1.1 + 0.24 * len(names))
     rows = np.arange(len(names))
@@ -54,9 +54,9 @@ def plot_cosines(names: Sequence[str], cosines: Mapping[str, Sequence[float]]) -
     worst = {label: min(values) for label, values in cosines.items()}
     return _plot(
         figure,
-        alt="Cosine of each picture's embedding with the reference's. Lowest: "
+        alt="Cosine of each image's embedding with the reference's. Lowest: "
         + ", ".join(f"{label} {value:.6f}" for label, value in worst.items()),
-        caption="How far each picture's embedding turns away from the reference's.",
+        caption="How far each image's embedding turns away from the reference's.",
     )
 
 
@@ -68,11 +68,11 @@ def plot_heat_map(
     *,
     highest: float,
 ) -> Plot:
-    """Zero-shot probabilities, pictures by labels, the chosen label of each picture framed.
+    """Zero-shot probabilities, images by labels, the chosen label of each image framed.
 
     Args:
         title: Whose probabilities.
-        names: Of the pictures, the rows.
+        names: Of the images, the rows.
         labels: Of the columns.
         probabilities: By row and column.
         highest: What the darkest colour stands for, the same in every map of a page.
@@ -133,7 +133,7 @@ def plot_latency(stages: Mapping[str, Mapping[str, Distribution]]) -> Plot:
             f"{label} " + ", ".join(f"{stage} {time.p50_ms:.2f} ms" for stage, time in times.items())
             for label, times in stages.items()
         ),
-        caption="Time of each stage, for one picture or one caption.",
+        caption="Time of each stage, for one image or one caption.",
     )
 
 
@@ -141,7 +141,7 @@ def plot_size(points: Mapping[str, tuple[int, float]]) -> Plot:
     """Size on disk against the worst cosine.
 
     Args:
-        points: By artifact: bytes, and the lowest cosine of a picture.
+        points: By artifact: bytes, and the lowest cosine of an image.
     """
     figure, axes = _figure(width=7.2, height=3.0)
     for index, (label, (size, value)) in enumerate(points.items()):
@@ -157,7 +157,7 @@ def plot_size(points: Mapping[str, tuple[int, float]]) -> Plot:
     axes.set_ylabel("1 - lowest cosine")
     return _plot(
         figure,
-        alt="Size against the lowest cosine of a picture: "
+        alt="Size against the lowest cosine of an image: "
         + "; ".join(f"{label} {size / 1e6:.1f} MB, {value:.6f}" for label, (size, value) in points.items()),
         caption="What smaller costs: down and left is better.",
     )

@@ -25,7 +25,7 @@ from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import ComponentEntry
 from medgemma_runtime.session import Session
 
-__all__ = ["ProcessCost", "measure_process_cost", "peak_rss_bytes", "zero_inputs"]
+__all__ = ["ProcessCost", "measure_process_cost", "peak_rss_bytes", "rss_bytes", "zero_inputs"]
 
 _WARM_OPENS = 3
 
@@ -41,7 +41,8 @@ class ProcessCost:
         cold_load_ms: First opening, the engine's import included.
         first_run_ms: First run of every component after that.
         warm_load_ms: Median of three further openings in the same process.
-        idle_rss_bytes: Resident memory with the runtime imported and nothing opened.
+        idle_rss_bytes: Resident memory with the runtime imported and nothing opened: what it is then, not the
+            highest that importing needed.
         peak_rss_bytes: Highest resident memory up to the end of the first run.
     """
 
@@ -76,25 +77,45 @@ def measure_process_cost(
     return _ADAPTER.validate_json(result.stdout, strict=True)
 
 
+def rss_bytes() -> int:
+    """Resident memory of this process now."""
+    if (now := _status_bytes("VmRSS")) is not None:
+        return now
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_rss_bytes() -> int:
     """Highest resident memory of this process so far.
 
     On Linux this is VmHWM, and not `getrusage`: the kernel hands `ru_maxrss` on through fork and exec, so a
     small child of a large parent would report the parent's peak.
     """
+    if (peak := _status_bytes("VmHWM")) is not None:
+        return peak
+    if sys.platform == "win32":  # which has no `resource`
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024
+
+
+def _status_bytes(field: str) -> int | None:
+    """A size of this process that Linux states in kB; None on another system."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return None
 
 
 def _observe(artifact: Artifact, components: Sequence[str], threads: int | None) -> ProcessCost:
-    idle = peak_rss_bytes()
+    idle = rss_bytes()
     dropped = _drop_page_cache(artifact)
     start = time.perf_counter()
     sessions = [open_session(artifact, name, threads=threads) for name in components]

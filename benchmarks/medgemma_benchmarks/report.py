@@ -19,8 +19,8 @@ from medgemma_runtime.files import replacing
 
 __all__ = ["write_report"]
 
-# A page with more pictures than this is slow on a phone and read by nobody.
-_SHOWN_PICTURES = 40
+# A page with more images than this is slow on a phone and read by nobody.
+_SHOWN_IMAGES = 40
 _PRECISIONS = ("fp32", "fp16", "int8", "int4")
 # The columns of the summary, and the one value that says most about each.
 _KEY_METRICS = {
@@ -44,8 +44,8 @@ class _Subject:
     latencies: tuple[LatencyReport, ...]
 
     @property
-    def pictures(self) -> ParityReport | None:
-        """The parity report with pictures, against the float reference where there is one."""
+    def per_image(self) -> ParityReport | None:
+        """The parity report with images, against the float reference where there is one."""
         shown = [p for p in self.parities if p.images is not None]
         return min(shown, key=lambda p: p.reference.kind != "float", default=None)
 
@@ -131,20 +131,22 @@ def _context(subjects: Sequence[_Subject]) -> dict[str, Any]:
     devices = [parity.device for parity in parities] + [latency.device for latency in latencies]
     model = subjects[0].artifact
     # The same reference for every artifact, so that columns can be compared.
-    with_pictures = [subject for subject in subjects if subject.pictures is not None]
-    reference = with_pictures[0].pictures if with_pictures else None
+    with_images = [subject for subject in subjects if subject.per_image is not None]
+    reference = with_images[0].per_image if with_images else None
     comparable = [
         subject
-        for subject in with_pictures
+        for subject in with_images
         if reference
-        and subject.pictures
-        and subject.pictures.reference.bundle_sha256 == reference.reference.bundle_sha256
+        and subject.per_image
+        and subject.per_image.reference.bundle_sha256 == reference.reference.bundle_sha256
     ]
     shown = _shown_rows(comparable)
     return {
         "model": model,
         "is_sample": model.model_id.startswith("sample:"),
         "verdict": worst(tuple(parity.verdict for parity in parities)) if parities else None,
+        "near_ties": sum(parity.near_ties for parity in parities),
+        "tie_margins": sorted({parity.tie_margin_logits for parity in parities}),
         "subjects": subjects,
         "summary": _summary(subjects),
         "parities": parities,
@@ -196,15 +198,15 @@ def _headroom(check: Check) -> float:
 
 
 def _shown_rows(comparable: Sequence[_Subject]) -> list[int]:
-    """Which pictures to show, in their order: those that differ before those that agree."""
-    tables = [subject.pictures.images for subject in comparable if subject.pictures]
+    """Which images to show, in their order: those that differ before those that agree."""
+    tables = [subject.per_image.images for subject in comparable if subject.per_image]
     if not tables or tables[0] is None:
         return []
 
     def severity(row: int) -> int:
         return min(_SEVERITY[table[row].agreement] for table in tables if table is not None)
 
-    return sorted(sorted(range(len(tables[0])), key=severity)[:_SHOWN_PICTURES])
+    return sorted(sorted(range(len(tables[0])), key=severity)[:_SHOWN_IMAGES])
 
 
 def _plots(
@@ -215,7 +217,7 @@ def _plots(
     points: dict[str, tuple[int, float]] = {}
     names: list[str] = []
     for subject in comparable:
-        images = subject.pictures.images if subject.pictures else None
+        images = subject.per_image.images if subject.per_image else None
         values = [image.cosine for image in images or () if image.cosine is not None]
         if images and len(values) == len(images):
             names = [images[row].name for row in shown]
@@ -236,7 +238,7 @@ def _heat_maps(comparable: Sequence[_Subject], shown: Sequence[int]) -> list[Plo
     names: list[str] = []
     labels: tuple[str, ...] = ()
     for subject in comparable:
-        parity = subject.pictures
+        parity = subject.per_image
         if parity is None or parity.zero_shot is None or parity.images is None:
             continue
         zero_shot = parity.zero_shot["end-to-end"]
@@ -300,12 +302,12 @@ def _words(name: str) -> str:
 
 
 def _label_verdict(image: ImageParity) -> str:
-    """The class of a picture's cell: the same words as for gates."""
+    """The class of an image's cell: the same words as for gates."""
     return {"SAME": "PASS", "NEAR_TIE": "NEAR_TIE"}.get(image.agreement or "", "FAIL")
 
 
 def _measured(check: Check) -> str:
-    return _percent(check.value) if check.metric == "agreement" else _value(check.value)
+    return _percent(check.value) if check.metric in ("agreement", "near_tie_share") else _value(check.value)
 
 
 _FILTERS: dict[str, Callable[..., Any]] = {

@@ -34,7 +34,7 @@ def read_result(path: Path) -> list[Result]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EdgeError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise EdgeError(f"{path} is no JSON file: {error}") from None
     return [_read_one(path, item) for item in (data if isinstance(data, list) else [data])]
 

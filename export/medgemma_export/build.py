@@ -4,18 +4,18 @@ checkpoint -> ModelSpec -> QuantPlan -> QuantizedWeights -> Target.lower -> Arti
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from medgemma_export.models import ModelSpec, load_model
-from medgemma_export.package import Package, open_package, require_free_bytes
+from medgemma_export.package import Package, open_package, require_absent, require_free_bytes
 from medgemma_export.recipe import Recipe
 from medgemma_export.targets import TARGETS
 from medgemma_quantization.plan import QuantPlan, compare_packed, make_plan
-from medgemma_quantization.weights import quantize_weights
+from medgemma_quantization.weights import quantize_weights, source_fingerprint
 from medgemma_runtime.artifact import Artifact
-from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.command import Progress
+from medgemma_runtime.errors import CheckpointError, EdgeError
 from medgemma_runtime.manifest import (
     SCHEMA_VERSION,
     ComponentEntry,
@@ -24,10 +24,7 @@ from medgemma_runtime.manifest import (
     QuantizationSummary,
 )
 
-__all__ = ["Decision", "Progress", "build", "decide"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how far it is, and how far it goes."""
+__all__ = ["Decision", "build", "decide"]
 
 PLAN_NAME = "plan.json"
 
@@ -62,13 +59,16 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
     Raises:
         EdgeError: If something about the request or the checkpoint is wrong; nothing finished is left then.
     """
+    require_absent(recipe.out)
     decision = decide(recipe)
     checkpoint, model, plan = decision.checkpoint, decision.model, decision.plan
+    stamps = _stamps(checkpoint)
     # The integers are on disk twice for a while: as made, and as packed.
     require_free_bytes(recipe.out, 2 * sum(row.stored_bits for row in plan.rows) // 8)
     progress("hash the checkpoint", 0, 1)
     checkpoint_sha256 = checkpoint.weights_sha256()
-    with open_package(recipe.out, key=f"{checkpoint_sha256} {plan.sha256}") as package:
+    key = f"{checkpoint_sha256} {plan.sha256} {source_fingerprint()}"
+    with open_package(recipe.out, key=key) as package:
         weights = quantize_weights(
             plan,
             model.reader(checkpoint),
@@ -85,8 +85,18 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
         for name in model.extra_files:
             shutil.copyfile(checkpoint.file(name), package.directory / name)
         (package.directory / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
+        if _stamps(checkpoint) != stamps:
+            raise CheckpointError(
+                f"the weight files of {checkpoint.id} changed while they were read; export again"
+            )
         progress("hash the artifact", 0, 1)
         return package.publish(_manifest(recipe, decision, checkpoint_sha256, components, package))
+
+
+def _stamps(checkpoint: Checkpoint) -> list[tuple[int, int]]:
+    """Size and time of every weight file: what is hashed must be what is read."""
+    states = [(checkpoint.directory / name).stat() for name in checkpoint.weight_files]
+    return [(state.st_size, state.st_mtime_ns) for state in states]
 
 
 def _select(model: ModelSpec, names: tuple[str, ...]) -> ModelSpec:

@@ -3,25 +3,22 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from medgemma_benchmarks.bundle import ReferenceBundle
 from medgemma_export.build import Decision, build, decide
-from medgemma_export.pictures import directory_pictures, read_labels, sample_labels, sample_pictures
 from medgemma_export.plain_onnx import export_plain_onnx
 from medgemma_export.recipe import Recipe
 from medgemma_export.reference import Device, Dtype, record_reference
+from medgemma_export.reference_images import directory_images, read_labels, sample_images, sample_labels
 from medgemma_quantization.scheme import SCHEMES, Scheme, load_scheme
 from medgemma_runtime.artifact import Artifact
-from medgemma_runtime.command import run_app
+from medgemma_runtime.command import progress_bar, run_app
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import Precision, TargetName
 
@@ -109,7 +106,7 @@ def export(
     if dry_run:
         _print_decision(decide(recipe), as_json=as_json)
         return
-    with _progress("read the checkpoint") as progress:
+    with progress_bar("read the checkpoint") as progress:
         artifact = build(recipe, progress=progress)
     _print_artifact(artifact, as_json=as_json)
 
@@ -126,23 +123,26 @@ def record(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     device: Annotated[Device, typer.Option(help="Where the original model runs.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="What it computes in.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="What it computes in; parity takes float32 only.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Run the original model with transformers and keep inputs and outputs as a bundle."""
+    """Run the original model with transformers and keep inputs and outputs as a bundle.
+
+    The bundle holds the pixels and the file names of --images: treat it as you treat those files.
+    """
     if (images is None) != (labels is None):
         raise EdgeError("--images and --labels go together: a directory, and the labels to tell it apart by")
-    with _progress("decode images") as progress:
+    with progress_bar("decode images") as progress:
         if images is not None and labels is not None:
             named = read_labels(labels)
-            pictures = directory_pictures(images, named, progress=progress)
+            recorded = directory_images(images, named, progress=progress)
             captions = named.labels
         else:
-            pictures, captions = sample_pictures(progress), sample_labels()
+            recorded, captions = sample_images(progress), sample_labels()
         bundle = record_reference(
             model,
             out,
-            pictures=pictures,
+            images=recorded,
             labels=captions,
             revision=revision,
             device=device,
@@ -163,7 +163,7 @@ def packing(
     """Compute what an artifact's integers should give, from the checkpoint and the plan alone."""
     from medgemma_export.packing import record_packing  # PyTorch, which --help need not wait for
 
-    with _progress("read the checkpoint") as progress:
+    with progress_bar("read the checkpoint") as progress:
         bundle = record_packing(artifact, model, reference, out, progress=progress)
     _print_bundle(bundle, as_json=as_json)
 
@@ -174,7 +174,7 @@ def plain_onnx(
     out: Annotated[Path, typer.Option(help="The .onnx file; must not exist yet.")],
 ) -> None:
     """Export the image tower by plain torch.onnx, a peer for medgemma-bench --against."""
-    with _progress("export with torch.onnx"):
+    with progress_bar("export with torch.onnx"):
         export_plain_onnx(model, out)
     typer.echo(str(out))
 
@@ -185,14 +185,6 @@ def _scheme(precision: Precision, path: Path | None) -> Scheme:
     if precision not in SCHEMES:
         raise EdgeError(f"precision {precision!r} is unknown; the precisions are {', '.join(SCHEMES)}")
     return SCHEMES[precision]
-
-
-@contextmanager
-def _progress(first: str) -> Iterator[Callable[[str, int, int], None]]:
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(first, total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def _print_decision(decision: Decision, *, as_json: bool) -> None:

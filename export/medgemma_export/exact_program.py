@@ -2,8 +2,8 @@
 
 Rounding makes end-to-end comparison blunt: two correct implementations differ by a float's last bit, that
 moves some activation to its other neighbour, and the difference grows from layer to layer. The exact form
-multiplies the very integers and scales that the program ships in float arithmetic, so a single wrong byte
-shows and nothing else does.
+multiplies the very integers and scales that the program ships in float arithmetic, so that what differs is
+the weights and nothing else.
 """
 
 from pathlib import Path

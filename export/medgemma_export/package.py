@@ -4,7 +4,9 @@ Work happens in a hidden sibling of the destination, `.NAME.partial`; the last s
 was interrupted finds its integers there and goes on; one of another checkpoint or plan starts afresh.
 """
 
+import hashlib
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from medgemma_runtime.artifact import Artifact, sha256_file
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import BuildInfo, FileEntry, Manifest, write_manifest
 
-__all__ = ["Package", "open_package", "require_free_bytes"]
+__all__ = ["Package", "open_package", "require_absent", "require_free_bytes"]
 
 _TOOLS = ("medgemma-edge", "numpy", "onnx-ir", "transformers")
 
@@ -78,16 +80,18 @@ def open_package(out: Path, *, key: str) -> Iterator[Package]:
     Raises:
         EdgeError: If `out` exists, or another export is writing it.
     """
-    if out.exists():
-        raise EdgeError(f"{out} exists already and is left alone; name another --out or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(partial / "lock")
+    # Not in the directory, which is removed while the lock is held, nor beside it, where it would stay.
+    place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()
+    lock = FileLock(Path(tempfile.gettempdir()) / f"medgemma-export-{place[:16]}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise EdgeError(f"another export is writing {out}; wait for it or name another --out") from None
     try:
+        require_absent(out)
+        partial.mkdir(exist_ok=True)
         key_file = partial / "key"
         if not key_file.exists() or key_file.read_text(encoding="utf-8") != key:
             shutil.rmtree(partial / "weights", ignore_errors=True)
@@ -98,9 +102,19 @@ def open_package(out: Path, *, key: str) -> Iterator[Package]:
         yield Package(
             out=out, directory=partial / "artifact", weights=partial / "weights", started=time.monotonic()
         )
+        shutil.rmtree(partial)
     finally:
         lock.release()
-    shutil.rmtree(partial)
+
+
+def require_absent(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        EdgeError: If `out` exists.
+    """
+    if out.exists():
+        raise EdgeError(f"{out} exists already and is left alone; name another --out or remove it")
 
 
 def require_free_bytes(out: Path, needed: int) -> None:

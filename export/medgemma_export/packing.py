@@ -7,30 +7,30 @@ which the device runs over the artifact's weight file.
 """
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_benchmarks.bundle import ReferenceBundle, ReferencePicture, open_bundle, write_bundle
+from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, open_bundle, write_bundle
 from medgemma_export.checkpoint import open_checkpoint
 from medgemma_export.exact_program import write_exact_program
 from medgemma_export.models import Component, load_model
+from medgemma_export.package import require_absent
 from medgemma_export.reference import describe_torch
 from medgemma_export.targets import TARGETS
 from medgemma_export.torch_ops import IntegerLinear, compute, weight_only
+from medgemma_export.unpack import compare_integers
 from medgemma_quantization.plan import read_plan
 from medgemma_quantization.weights import QuantizedWeights, quantize_weights
 from medgemma_runtime.artifact import open_artifact
+from medgemma_runtime.command import Progress
 from medgemma_runtime.errors import EdgeError
 
 __all__ = ["record_packing"]
 
 # MedSigLIP's widest activation, [8, 1024, 4304], takes 280 MB in the float64 that exact sums need.
 _ROWS_AT_ONCE = 8
-
-Progress = Callable[[str, int, int], None]
 
 
 def record_packing(
@@ -48,9 +48,14 @@ def record_packing(
     Raises:
         EdgeError: If artifact, checkpoint and reference do not belong together, or `out` exists.
     """
+    require_absent(out)
     artifact = open_artifact(artifact_directory)
     bundle = open_bundle(reference)
     manifest, record = artifact.manifest, bundle.record
+    if manifest.precision == "fp32":
+        raise EdgeError(
+            f"{artifact_directory.name} is fp32 and packs no integers; compare it with the reference"
+        )
     checkpoint = open_checkpoint(model)
     for what, weights_sha256 in (
         ("the checkpoint", checkpoint.weights_sha256()),
@@ -77,10 +82,12 @@ def record_packing(
             if component.name not in manifest.components:
                 continue
             name = component.name
+            program = artifact.path(manifest.components[name].program)
+            compare_integers(program, component, weights)
             arrays[f"{name}.pooler_output"] = _run(component, weights, bundle, weight_only, progress)
             arrays[f"{name}.rounded_output"] = _run(component, weights, bundle, rounding, progress)
             programs[name] = Path(work, f"{name}.onnx")
-            write_exact_program(artifact.path(manifest.components[name].program), programs[name])
+            write_exact_program(program, programs[name])
         return write_bundle(
             out,
             kind="packing",
@@ -90,20 +97,21 @@ def record_packing(
             plan_sha256=plan.sha256,
             producer=describe_torch(record.producer),
             image=record.image,
-            pictures=[
-                ReferencePicture(
+            images=[
+                DecodedImage(
                     name=image.name,
                     modality=image.modality,
                     label=image.label,
                     source=image.source,
                     licence=image.licence,
                     rgb=bundle.rgb(image),
+                    is_sample=image.is_sample,
                 )
                 for image in record.images
             ],
             labels=record.labels,
             arrays=arrays,
-            timings=record.timings,
+            timings={},  # the float reference's are of another machine and another program
             programs=programs,
         )
 

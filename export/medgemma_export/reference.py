@@ -1,7 +1,8 @@
 """Records what the original model computes, with transformers, as a reference bundle.
 
-The model inputs come from the reference's own image processor and tokenizer, never from our runtime, so that
-a bundle can find errors in the runtime's preprocessing too. Its rows are computed one at a time.
+From decoded pixels and captions on, the model inputs come from the reference's own image processor and
+tokenizer, never from our runtime, so that a bundle can find errors in the runtime's preprocessing too. Its
+rows are computed one at a time.
 """
 
 import importlib.metadata
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_benchmarks.bundle import ReferenceBundle, ReferencePicture, write_bundle
+from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, write_bundle
 from medgemma_benchmarks.bundle_record import Producer, ReferenceLabel, StageTiming
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint
+from medgemma_runtime.command import Progress
 from medgemma_runtime.errors import CheckpointError, EdgeError, missing_package
 from medgemma_runtime.manifest import ImageSpec
 
@@ -40,8 +42,6 @@ __all__ = [
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-# Called with what is being done, steps done, and steps in all.
-Progress = Callable[[str, int, int], None]
 
 # The plain implementation: every step of it is in transformers' source, and it is the same on every device.
 ATTENTION = "eager"
@@ -60,7 +60,7 @@ class ReferenceInputs:
         image: What the image processor was set to do.
         image_processor: Its class.
         tokenizer: Its class, and what was done to the text before it.
-        preprocess: Time of the image processor on one picture.
+        preprocess: Time of the image processor on one image.
         tokenize: Time of the tokenizer on one caption.
     """
 
@@ -77,19 +77,19 @@ def record_reference(
     model: str,
     out: Path,
     *,
-    pictures: Sequence[ReferencePicture],
+    images: Sequence[DecodedImage],
     labels: Sequence[ReferenceLabel],
     revision: str | None = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     progress: Progress | None = None,
 ) -> ReferenceBundle:
-    """Run the original model on pictures and captions and keep what went in and what came out.
+    """Run the original model on images and captions and keep what went in and what came out.
 
     Args:
         model: What `open_checkpoint` takes; it must be a SiglipModel.
         out: The directory to create.
-        pictures: In the order to record them.
+        images: In the order to record them.
         labels: Likewise.
         revision: Commit, for a hub id.
         device: Where to run. CUDA computes float32 in full, without TF32.
@@ -104,10 +104,10 @@ def record_reference(
         raise EdgeError(f"{out} exists; remove it or choose another place for the reference")
     device_name = _device_name(device)
     checkpoint = open_checkpoint(model, revision=revision)
-    inputs = prepare_inputs(checkpoint, pictures, labels)
+    inputs = prepare_inputs(checkpoint, images, labels)
     reference = _load_model(checkpoint, device, dtype)
 
-    steps = _Steps(len(pictures) + len(labels), progress)
+    steps = _Steps(len(images) + len(labels), progress)
     image, image_timing = _run_rows(
         lambda row: reference.get_image_features(pixel_values=row.to(reference.dtype)),
         inputs.pixel_values,
@@ -129,7 +129,7 @@ def record_reference(
         plan_sha256=None,
         producer=_describe_producer(inputs, device=device, device_name=device_name, dtype=dtype),
         image=inputs.image,
-        pictures=pictures,
+        images=images,
         labels=labels,
         arrays={
             "image.pixel_values": inputs.pixel_values,
@@ -148,7 +148,7 @@ def record_reference(
 
 
 def prepare_inputs(
-    checkpoint: Checkpoint, pictures: Sequence[ReferencePicture], labels: Sequence[ReferenceLabel]
+    checkpoint: Checkpoint, images: Sequence[DecodedImage], labels: Sequence[ReferenceLabel]
 ) -> ReferenceInputs:
     """Make model inputs with transformers' own processors, from the checkpoint's files.
 
@@ -166,7 +166,7 @@ def prepare_inputs(
     # The Pillow class by name: the torchvision one folds the rescaling into mean and std and rounds so.
     processor = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint.directory)
     pixels, preprocess = _timed(
-        lambda picture: processor(images=picture.rgb, return_tensors="np")["pixel_values"], pictures
+        lambda image: processor(images=image.rgb, return_tensors="np")["pixel_values"], images
     )
     tokenizer, tokenizer_name = _open_tokenizer(checkpoint)
     ids, tokenize = _timed(tokenizer, [label.caption for label in labels])

@@ -17,6 +17,7 @@ from medgemma_runtime.manifest import (
 __all__ = ["Artifact", "open_artifact", "verify", "sha256_file"]
 
 _CHUNK_BYTES = 1 << 20
+_HUB_FILES = ("LICENSE", "README.md")  # what a hub adds at the top of a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,7 @@ def open_artifact(directory: Path, *, check_hashes: bool = True) -> Artifact:
         check_hashes: Also compare every file's SHA-256 (a second or so for each GB).
 
     Raises:
-        ArtifactError: If a file is absent, unlisted, has another size or hash, or lies outside the
-            directory.
+        ArtifactError: As `verify`.
     """
     artifact = Artifact(directory=directory.resolve(), manifest=read_manifest(directory))
     verify(artifact, check_hashes=check_hashes)
@@ -81,7 +81,12 @@ def verify(
 ) -> None:
     """Hold every file against the manifest, and refuse files that it does not list.
 
-    An unlisted file is refused because a program may read it: nothing vouches for it.
+    An unlisted file is refused because a program may read it: nothing vouches for it. What systems and hubs
+    leave beside an artifact is no part of it and is not looked at: names that start with a dot, with all
+    below them, and README.md and LICENSE at the top.
+
+    A listed file may be a link to a file anywhere, as in the cache of Hugging Face, if its content is
+    compared: the hash then vouches for it wherever it lies.
 
     Args:
         artifact: The artifact to check.
@@ -89,7 +94,8 @@ def verify(
         progress: Called with the bytes read since the last call.
 
     Raises:
-        ArtifactError: Naming the first file that differs.
+        ArtifactError: Naming the first file that is absent, unlisted, no regular file, of another size or
+            hash, or, without `check_hashes`, a link.
     """
     root = artifact.directory.resolve()
     try:
@@ -98,8 +104,10 @@ def verify(
         listed = {entry.path for entry in artifact.manifest.files} | {MANIFEST_NAME}
         for path in sorted(root.rglob("*")):
             name = path.relative_to(root).as_posix()
+            if name in listed or _is_no_part(name):
+                continue
             # A link is never a plain directory: rglob does not look behind it, a program could.
-            if name not in listed and (path.is_symlink() or not path.is_dir()):
+            if path.is_symlink() or not path.is_dir():
                 raise ArtifactError(f"{name} is in {root.name} and not in its manifest; remove it")
     except OSError as error:
         raise ArtifactError(f"{error.filename} cannot be read ({error.strerror})") from None
@@ -116,13 +124,19 @@ def sha256_file(path: Path, *, progress: Callable[[int], None] | None = None) ->
     return digest.hexdigest()
 
 
+def _is_no_part(name: str) -> bool:
+    """Whether an unlisted file is one that systems and hubs add."""
+    return name in _HUB_FILES or any(part.startswith(".") for part in name.split("/"))
+
+
 def _verify_file(
     root: Path, entry: FileEntry, *, check_hash: bool, progress: Callable[[int], None] | None
 ) -> None:
-    path = (root / entry.path).resolve()
-    if not path.is_relative_to(root):
+    path = root / entry.path
+    if not check_hash and path.resolve() != path:
         raise ArtifactError(
-            f"{entry.path} is a link to a place outside {root.name}; copy the file itself there"
+            f"{entry.path} is a link, which only its SHA-256 can vouch for; check the hashes or copy the "
+            f"file itself into {root.name}"
         )
     if not path.is_file():
         raise ArtifactError(f"{entry.path} is missing from {root.name}; copy it or export again")

@@ -1,8 +1,7 @@
 """`medgemma-run`: what an artifact does, from the command line."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,18 +10,27 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from medgemma_runtime.artifact import Artifact, open_artifact, verify
+from medgemma_runtime.answer import EXAMPLES, generate
+from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.command import CHECK_FAILED, printable, run_app
 from medgemma_runtime.embed import Embedder, ZeroShot, top_k, zero_shot
-from medgemma_runtime.errors import ArtifactError, EdgeError, TextError
-from medgemma_runtime.files import replacing
+from medgemma_runtime.errors import ArtifactError, EdgeError
+from medgemma_runtime.files import check_destination, replacing
 from medgemma_runtime.image_index import ImageIndex, folder_files, index_folder
 from medgemma_runtime.images import load_image
 from medgemma_runtime.manifest import read_manifest
+from medgemma_runtime.terminal import (
+    ArtifactPath,
+    AsJson,
+    Threads,
+    counting_bar,
+    open_whole,
+    print_json,
+    read_text,
+)
 
 __all__ = ["app", "main"]
 
@@ -38,27 +46,24 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-_ArtifactPath = Annotated[
-    Path, typer.Argument(metavar="ARTIFACT", help="Directory that medgemma-export wrote.")
-]
-_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-_Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads for one operator; the engine chooses if unset.")
-]
+app.command(epilog=EXAMPLES)(generate)
 
 
 def main() -> int:
     """The command line; returns its exit code."""
+    # As other programs do, end quietly when the reader of a pipe has gone; Windows has no such signal.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     return run_app(app)
 
 
 @app.command(epilog="Example: medgemma-run info out/medsiglip-int8")
-def info(artifact: _ArtifactPath, as_json: _AsJson = False) -> None:
+def info(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     """Show what an artifact is, from its manifest alone."""
     opened = Artifact(directory=artifact, manifest=read_manifest(artifact))
     manifest = opened.manifest
     if as_json:
-        _print_json(
+        print_json(
             {
                 "directory": str(artifact),
                 "manifest_sha256": opened.manifest_sha256,
@@ -93,17 +98,17 @@ def info(artifact: _ArtifactPath, as_json: _AsJson = False) -> None:
 
 
 @app.command("verify", epilog="Example: medgemma-run verify out/medsiglip-int8")
-def verify_command(artifact: _ArtifactPath, as_json: _AsJson = False) -> None:
+def verify_command(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     """Hold every file against its SHA-256; exit with 1 if one differs, is missing or is unlisted."""
     if not artifact.is_dir():
         raise EdgeError(f"{artifact} is not a directory; give the one medgemma-export wrote")
     problem = None
     try:
-        _open(artifact)
+        open_whole(artifact)
     except ArtifactError as error:
         problem = str(error)
     if as_json:
-        _print_json({"directory": str(artifact), "is_whole": problem is None, "problem": problem})
+        print_json({"directory": str(artifact), "is_whole": problem is None, "problem": problem})
     elif problem is None:
         typer.echo(f"{artifact} is whole")
     else:
@@ -119,8 +124,8 @@ def verify_command(artifact: _ArtifactPath, as_json: _AsJson = False) -> None:
     "medgemma-run classify out/medsiglip-int8 *.png --labels labels.txt --top 3 --json"
 )
 def classify(
-    artifact: _ArtifactPath,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures or DICOM.")],
+    artifact: ArtifactPath,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, DICOM among them.")],
     label: Annotated[
         list[str] | None, typer.Option(help="A label, best a short sentence; may be repeated.")
     ] = None,
@@ -128,8 +133,8 @@ def classify(
         Path | None, typer.Option(metavar="FILE", help="UTF-8 text with one label a line.")
     ] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Show only the N labels that fit best.")] = None,
-    threads: _Threads = None,
-    as_json: _AsJson = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Tell which labels fit an image, without training.
 
@@ -143,15 +148,15 @@ def classify(
     else:
         raise EdgeError("classify needs labels; give either --label, once for each, or --labels")
     with (
-        Embedder(_open(artifact), threads=threads) as embedder,
-        _progress("classifying", len(names) + len(images)) as advance,
+        Embedder(open_whole(artifact), threads=threads) as embedder,
+        counting_bar("classifying", len(names) + len(images)) as advance,
     ):
         text_embeddings = embedder.embed_labels(names, progress=advance)
         image_embeddings = _embed_files(embedder, images, advance)
         answer = zero_shot(image_embeddings, text_embeddings, embedder.similarity)
     ranks = np.argsort(-answer.logits, axis=1, kind="stable")[:, :top]
     if as_json:
-        _print_json({"images": _classes(images, names, answer, ranks)})
+        print_json({"images": _classes(images, names, answer, ranks)})
         return
     for row, path in enumerate(images):
         table = Table("softmax", "sigmoid", "label", title=Text(printable(str(path))), title_justify="left")
@@ -170,24 +175,26 @@ def classify(
     'medgemma-run embed out/medsiglip-int8 --text "a chest x-ray" --json'
 )
 def embed(
-    artifact: _ArtifactPath,
+    artifact: ArtifactPath,
     image: Annotated[
-        list[Path] | None, typer.Option(help="A picture or DICOM file; may be repeated.")
+        list[Path] | None, typer.Option(help="An image file, DICOM or other; may be repeated.")
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="A text; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="Write float32 [N, D] here.")] = None,
-    threads: _Threads = None,
-    as_json: _AsJson = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write embeddings of unit length, of images or of texts, in the order given."""
     if bool(image) == bool(text):
         raise EdgeError("embed takes images or texts; give either --image or --text")
     if (out is None) != as_json:
         raise EdgeError("embed needs one place for its result; give either --out or --json")
+    if out is not None:
+        check_destination(out)
     sources = [str(source) for source in image or text or []]
     with (
-        Embedder(_open(artifact), threads=threads) as embedder,
-        _progress("embedding", len(sources)) as advance,
+        Embedder(open_whole(artifact), threads=threads) as embedder,
+        counting_bar("embedding", len(sources)) as advance,
     ):
         if image:
             embeddings = _embed_files(embedder, image, advance)
@@ -195,7 +202,7 @@ def embed(
             embeddings = embedder.embed_texts(sources, progress=advance)
     if out is None:
         rows = zip(sources, embeddings.tolist(), strict=True)
-        _print_json({"embeddings": [{"source": name, "embedding": row} for name, row in rows]})
+        print_json({"embeddings": [{"source": name, "embedding": row} for name, row in rows]})
         return
     with replacing(out) as stream:
         np.save(stream, embeddings)
@@ -204,30 +211,42 @@ def embed(
 
 @app.command(
     epilog="Example: medgemma-run index out/medsiglip-int8 films --out films.npz\n\n"
-    "Run it again after files were added: only new content is embedded."
+    "Run it again after files were added, or after it was stopped: only new content is embedded. Until then "
+    "a stopped run keeps its embeddings in INDEX.partial."
 )
 def index(
-    artifact: _ArtifactPath,
+    artifact: ArtifactPath,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Searched with subfolders.")],
     out: Annotated[Path, typer.Option(metavar="INDEX", help="Where to write; read first if it exists.")],
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out files that are no image, and name them.")
     ] = False,
-    threads: _Threads = None,
-    as_json: _AsJson = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Embed every image below a folder into one file. Of a DICOM file the first frame counts."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise EdgeError(f"{out} lies in the folder to be indexed; write the index elsewhere")
-    earlier = ImageIndex.load(out) if out.exists() else None
+    check_destination(out)
+    # Apart from the index, so that a search never takes a part for the whole.
+    partial = out.with_name(f"{out.name}.partial")
+    earlier = [ImageIndex.load(path) for path in (out, partial) if path.exists()]
     with (
-        Embedder(_open(artifact), threads=threads) as embedder,
-        _progress("indexing", len(folder_files(folder))) as advance,
+        Embedder(open_whole(artifact), threads=threads) as embedder,
+        counting_bar("indexing", len(folder_files(folder))) as advance,
     ):
-        report = index_folder(embedder, folder, earlier=earlier, skip_bad=skip_bad, progress=advance)
+        report = index_folder(
+            embedder,
+            folder,
+            earlier=earlier,
+            skip_bad=skip_bad,
+            keep=lambda made: made.save(partial),
+            progress=advance,
+        )
     report.index.save(out)
+    partial.unlink(missing_ok=True)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "index": str(out),
                 "images": len(report.index.names),
@@ -253,21 +272,21 @@ def index(
     "medgemma-run search out/medsiglip-int8 films.npz --image query.png -k 10 --json"
 )
 def search(
-    artifact: _ArtifactPath,
+    artifact: ArtifactPath,
     index: Annotated[Path, typer.Argument(metavar="INDEX", help="Made by medgemma-run index.")],
     image: Annotated[Path | None, typer.Option(help="Find images like this one.")] = None,
     text: Annotated[str | None, typer.Option(help="Find images that this describes.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many to show at most.")] = 5,
-    threads: _Threads = None,
-    as_json: _AsJson = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Find the images of an index that are nearest to an image or a text."""
     if (image is None) == (text is None):
         raise EdgeError("search takes one query; give either --image or --text")
-    opened = _open(artifact)
+    opened = open_whole(artifact)
     images = ImageIndex.load(index)
     images.check_artifact(opened.manifest_sha256)
-    with Embedder(opened, threads=threads) as embedder, _progress("searching", 1) as advance:
+    with Embedder(opened, threads=threads) as embedder, counting_bar("searching", 1) as advance:
         if image is not None:
             query = _embed_files(embedder, [image], advance)[0]
         else:
@@ -275,20 +294,12 @@ def search(
     rows, cosines = top_k(query, images.embeddings, min(k, len(images.names)))
     found = [(images.names[row], float(cosine)) for row, cosine in zip(rows, cosines, strict=True)]
     if as_json:
-        _print_json({"images": [{"name": name, "cosine": cosine} for name, cosine in found]})
+        print_json({"images": [{"name": name, "cosine": cosine} for name, cosine in found]})
         return
     table = Table("cosine", "image", box=None)
     for name, cosine in found:
         table.add_row(f"{cosine:.4f}", Text(printable(name), overflow="fold"))
     Console().print(table)
-
-
-def _open(directory: Path) -> Artifact:
-    """Open an artifact and check its hashes, with progress: a large one takes seconds."""
-    artifact = open_artifact(directory, check_hashes=False)
-    with _progress("checking", artifact.size_bytes) as advance:
-        verify(artifact, progress=advance)
-    return artifact
 
 
 def _embed_files(
@@ -321,21 +332,4 @@ def _classes(
 
 
 def _read_labels(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise TextError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _print_json(content: dict[str, object]) -> None:
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-@contextmanager
-def _progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr while the block runs, where stderr is a terminal; yields what advances it."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda done: progress.advance(task, done)
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]

@@ -1,17 +1,33 @@
-"""How every command line of this project ends: an exit code, and for a refusal one sentence."""
+"""What every command line of this project shares: a progress bar, an exit code, a sentence for a refusal."""
 
 import errno
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import typer
 
 from medgemma_runtime.errors import EdgeError
 
-__all__ = ["DONE", "CHECK_FAILED", "BAD_REQUEST", "INTERRUPTED", "run_app", "printable"]
+__all__ = [
+    "DONE",
+    "CHECK_FAILED",
+    "BAD_REQUEST",
+    "DEFECT",
+    "INTERRUPTED",
+    "Progress",
+    "progress_bar",
+    "run_app",
+    "printable",
+]
+
+# Called with what is being done, steps done, and steps in all.
+Progress = Callable[[str, int, int], None]
 
 DONE = 0
 CHECK_FAILED = 1
 BAD_REQUEST = 2
+DEFECT = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would read as a failed check
 INTERRUPTED = 130  # what shells report for Ctrl-C: 128 + SIGINT
 
 
@@ -19,15 +35,15 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     """Run a command line and say how it ended.
 
     A refusal (EdgeError) and an error of the operating system (a full disk, no permission) are
-    printed on stderr as one sentence. Anything else is a defect and keeps its traceback.
+    printed on stderr as one sentence. Anything else is a defect of ours and prints its traceback.
 
     Args:
         app: The commands. They end early with `typer.Exit(code)`.
         arguments: The words after the program's name; None takes those of this process.
 
     Returns:
-        The exit code: `DONE`, `CHECK_FAILED`, `BAD_REQUEST` (a refusal, an unknown option) or
-        `INTERRUPTED`.
+        The exit code: `DONE`, `CHECK_FAILED`, `BAD_REQUEST` (a refusal, an unknown option), `DEFECT`
+        or `INTERRUPTED`.
     """
     try:
         app(args=None if arguments is None else list(arguments))
@@ -41,7 +57,33 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         typer.echo(printable(f"error: {error}"), err=True)
     except OSError as error:
         typer.echo(printable(f"error: {_sentence(error)}"), err=True)
+    except Exception:
+        traceback.print_exc()
+        return DEFECT
     return BAD_REQUEST
+
+
+@contextmanager
+def progress_bar(first: str) -> Iterator[Progress]:
+    """A bar on stderr while the block runs, where stderr is a terminal.
+
+    Args:
+        first: What is being done until the first call.
+
+    Yields:
+        What moves the bar. A total of 0 is not known: the bar then shows only that work goes on.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<40}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(printable(first), total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=printable(what), completed=done, total=total or None
+        )
 
 
 def printable(text: str) -> str:

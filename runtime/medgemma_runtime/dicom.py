@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_runtime.artifact import sha256_file
 from medgemma_runtime.errors import ImageError, missing_package
 from medgemma_runtime.images import MAX_PIXELS
 
@@ -43,6 +44,8 @@ _WARNINGS_THAT_MATTER = (
     ".*no JPEG EOI/EOC marker",
     ".*check that the transfer syntax",
 )
+
+_ranges: dict[str, tuple[float, float]] = {}  # SHA-256 of at most one file; see _value_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +254,27 @@ def _decoding_plugin(syntax: "UID") -> str:
 
 
 def _grey_levels(path: Path, dataset: "Dataset", frame: int, stored: _Stored) -> NDArray[np.uint8]:
+    """Each stored value's grey level, worked out once for each value that occurs where that saves memory."""
+    if not _is_small_integer(stored):
+        return _display(path, dataset, frame, stored, stored)
+    distinct = np.unique(stored)
+    # Negative values index from the end, by their two's complement.
+    table = np.zeros(2 ** (8 * stored.itemsize), dtype=np.uint8)
+    table[distinct] = _display(path, dataset, frame, distinct, stored)
+    levels = np.empty(stored.shape, dtype=np.uint8)
+    for row, line in zip(levels, stored, strict=True):  # numpy makes 8-byte indices of all it is given
+        row[:] = table[line]
+    return levels
+
+
+def _is_small_integer(stored: _Stored) -> bool:
+    return np.issubdtype(stored.dtype, np.integer) and stored.itemsize <= 2
+
+
+def _display(
+    path: Path, dataset: "Dataset", frame: int, stored: _Stored, whole_frame: _Stored
+) -> NDArray[np.uint8]:
+    """Grey levels of stored values, of any shape, that come from the frame `whole_frame`."""
     values = _modality_values(path, dataset, frame, stored)
     display = _functional_group(path, dataset, frame, "FrameVOILUTSequence")
     window = _stated_window(path, display)
@@ -264,7 +288,7 @@ def _grey_levels(path: Path, dataset: "Dataset", frame: int, stored: _Stored) ->
     if _get(path, dataset, "Modality") == "CT":
         center, width = _DEFAULT_CT_WINDOW
         return _apply_window(path, values, _Window(center=center, width=width, function="LINEAR"))
-    return _interpolate(values, *_value_range(path, dataset))
+    return _interpolate(values, *_value_range(path, dataset, frame, whole_frame))
 
 
 def _modality_values(path: Path, dataset: "Dataset", frame: int, stored: _Stored) -> _Values:
@@ -319,17 +343,35 @@ def _interpolate(values: _Values, low: float, high: float) -> NDArray[np.uint8]:
     return np.rint(np.interp(values, (low, high), (0, _WHITE))).astype(np.uint8)
 
 
-def _value_range(path: Path, dataset: "Dataset") -> tuple[float, float]:
-    """Smallest and largest value over all frames, without the pixels that only fill the rectangle."""
+def _value_range(path: Path, dataset: "Dataset", frame: int, stored: _Stored) -> tuple[float, float]:
+    """`_measured_range`, remembered for the last file of many frames, which are read one after the other."""
+    if _frame_count(path, dataset) == 1:
+        return _measured_range(path, dataset, frame, stored)
+    content = sha256_file(path)  # a name and a date could be those of another file written since
+    known = _ranges.get(content)
+    if known is None:
+        known = _measured_range(path, dataset, frame, stored)
+        _ranges.clear()
+        _ranges[content] = known
+    return known
+
+
+def _measured_range(path: Path, dataset: "Dataset", decoded: int, stored: _Stored) -> tuple[float, float]:
+    """Smallest and largest value over all frames, without the pixels that only fill the rectangle.
+
+    Frame `decoded` is given as `stored`, the others are decoded here.
+    """
     padding = _numbers(path, dataset, "PixelPaddingValue")
     limit = _numbers(path, dataset, "PixelPaddingRangeLimit") or padding
     extremes: list[float] = []
     for frame in range(_frame_count(path, dataset)):
-        stored, _ = _decode(path, dataset, frame)
-        values = _modality_values(path, dataset, frame, stored)
+        pixels = stored if frame == decoded else _decode(path, dataset, frame)[0]
+        if _is_small_integer(pixels):
+            pixels = np.unique(pixels)
+        values = _modality_values(path, dataset, frame, pixels)
         if padding:
             low, high = sorted((padding[0], limit[0]))
-            values = values[(stored < low) | (stored > high)]
+            values = values[(pixels < low) | (pixels > high)]
         if values.size:
             extremes += (float(values.min()), float(values.max()))
     if not extremes:

@@ -16,12 +16,16 @@ from medgemma_runtime.manifest import Similarity
 from medgemma_runtime.session import Session
 from medgemma_runtime.text import Tokenize, load_tokenizer
 
-__all__ = ["Embedder", "ZeroShot", "zero_shot", "logits", "top_k"]
+__all__ = ["Embedder", "NoDirectionError", "ZeroShot", "unit_length", "zero_shot", "logits", "top_k"]
 
 Progress = Callable[[int], None]
 
 # The name of both encoders' output in transformers' SiglipModel.
 _OUTPUT = "pooler_output"
+
+
+class NoDirectionError(EdgeError):
+    """An encoder's output that no length can be given to: NaN, infinite, or zero."""
 
 
 class Embedder:
@@ -64,7 +68,9 @@ class Embedder:
 
         Args:
             images: RGB images `[H, W, 3]` of any size, as `images.load_image` gives them.
-            batch_size: Images in one run. More cost memory and, on a CPU, save little time.
+            batch_size: Images in one run. More cost memory and, on a CPU, save little time. An artifact
+                that rounds activations takes one: a range may be that of the whole run, and one image
+                would change another's embedding.
             progress: Called with the number of images done since the last call.
 
         Returns:
@@ -198,6 +204,12 @@ class Embedder:
     ) -> NDArray[np.float32]:
         if batch_size < 1:
             raise EdgeError(f"batch_size must be at least 1 and is {batch_size}")
+        activations = self.artifact.manifest.quantization.activations
+        if batch_size > 1 and activations != "float":
+            raise EdgeError(
+                f"batch_size is {batch_size} and {self.artifact.directory.name} rounds activations "
+                f"({activations}), so that one item could change another's embedding; use batch_size 1"
+            )
         width = self._width(component)
         if component not in self._sessions:
             self._sessions[component] = open_session(self.artifact, component, threads=self._threads)
@@ -206,7 +218,7 @@ class Embedder:
         for start in range(0, count, batch_size):
             stop = min(start + batch_size, count)
             outputs = session.run({input_name: batch(start, stop)})
-            rows[start:stop] = _unit_length(outputs[_OUTPUT], component)
+            rows[start:stop] = unit_length(outputs[_OUTPUT], component)
             if progress is not None:
                 progress(stop - start)
         return rows
@@ -308,17 +320,26 @@ def top_k(
     return rows, np.take_along_axis(cosines, rows, axis=-1)
 
 
-def _unit_length(vectors: NDArray[Any], component: str) -> NDArray[np.float32]:
+def unit_length(vectors: NDArray[Any], component: str) -> NDArray[np.float32]:
+    """An encoder's outputs `[N, D]` at unit length, in float32.
+
+    Args:
+        vectors: `pooler_output` of a run.
+        component: The encoder, for the message.
+
+    Raises:
+        NoDirectionError: If a value is not finite, or a row has no length.
+    """
     vectors = vectors.astype(np.float32, copy=False)
     if not np.isfinite(vectors).all():
-        raise EdgeError(
+        raise NoDirectionError(
             f"component {component!r} gave NaN or infinity; the artifact is not fit for this "
             "machine: export it with a higher precision"
         )
     with np.errstate(over="ignore"):  # an overflow gives infinity, which is refused below
         lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     if not (np.isfinite(lengths).all() and (lengths > 0).all()):
-        raise EdgeError(
+        raise NoDirectionError(
             f"component {component!r} gave a vector of length {lengths.min()}, which has no "
             "direction; the artifact is damaged or its weights are: export it again"
         )

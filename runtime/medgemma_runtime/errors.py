@@ -27,7 +27,7 @@ class CheckpointError(EdgeError):
 
 
 class ImageError(EdgeError):
-    """A picture or DICOM file that cannot become model input."""
+    """An image file, DICOM or other, that cannot become model input."""
 
 
 class TextError(EdgeError):

@@ -1,7 +1,7 @@
 """A folder's images as embeddings in one file, to search by image or by text."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -21,6 +21,9 @@ _SCHEMA_VERSION = 1
 
 # Cosines of float32 unit vectors are off by about this much; more means a damaged file.
 _UNIT_LENGTH_TOLERANCE = 1e-3
+
+# Half a minute of work on a slow CPU; writing the embeddings takes far less.
+_IMAGES_BETWEEN_KEEPING = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +144,9 @@ def index_folder(
     embedder: Embedder,
     folder: Path,
     *,
-    earlier: ImageIndex | None = None,
+    earlier: Sequence[ImageIndex] = (),
     skip_bad: bool = False,
+    keep: Callable[[ImageIndex], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> IndexReport:
     """Embed every image below a folder, each content once. Of a DICOM file the first frame counts.
@@ -150,53 +154,82 @@ def index_folder(
     Args:
         embedder: The artifact at work.
         folder: Searched with its subfolders.
-        earlier: An index of the same artifact; files it knows by content are not embedded again.
+        earlier: Indexes of the same artifact; files they know by content are not embedded again.
         skip_bad: Leave out files that are no image, and report them, instead of refusing.
+        keep: Given all embeddings known so far, those of `earlier` among them, from time to time and before
+            an error or an interruption ends the work: as `earlier` of the next call they save doing it again.
         progress: Called with the number of files done since the last call.
 
     Raises:
-        EdgeError: If the folder is empty, or `earlier` is of another artifact.
+        EdgeError: If the folder is empty, or one of `earlier` is of another artifact.
         ImageError: If a file is no image and `skip_bad` is not set; every such file is named.
     """
     artifact = embedder.artifact.manifest_sha256
-    known: dict[str, NDArray[np.float32]] = {}
-    if earlier is not None:
-        earlier.check_artifact(artifact)
-        known = dict(zip(earlier.sha256, earlier.embeddings, strict=True))
-    rows: dict[str, tuple[str, NDArray[np.float32]]] = {}
+    known: dict[str, _Row] = {}
+    for index in earlier:
+        index.check_artifact(artifact)
+        for name, sha256, embedding in zip(index.names, index.sha256, index.embeddings, strict=True):
+            known[sha256] = _Row(name=name, sha256=sha256, embedding=embedding)
+    rows: list[_Row] = []
     skipped: list[tuple[str, str]] = []
-    embedded = 0
-    for path in folder_files(folder):
-        name = path.relative_to(folder).as_posix()
-        try:
-            sha256 = _identify(path)
-            if sha256 not in known:
-                known[sha256] = embedder.embed_images([load_image(path)])[0]
-                embedded += 1
-            rows[name] = (sha256, known[sha256])
-        except ImageError as error:
-            skipped.append((name, str(error)))
-        if progress is not None:
-            progress(1)
+    embedded = kept = 0
+    try:
+        for path in folder_files(folder):
+            name = path.relative_to(folder).as_posix()
+            try:
+                sha256 = _identify(path)
+                if sha256 not in known:
+                    embedding = embedder.embed_images([load_image(path)])[0]
+                    known[sha256] = _Row(name=name, sha256=sha256, embedding=embedding)
+                    embedded += 1
+                rows.append(_Row(name=name, sha256=sha256, embedding=known[sha256].embedding))
+            except ImageError as error:
+                skipped.append((name, str(error)))
+            if keep is not None and embedded - kept >= _IMAGES_BETWEEN_KEEPING:
+                keep(_index_of(artifact, known.values()))
+                kept = embedded
+            if progress is not None:
+                progress(1)
+        _check_skipped(folder, skipped, skip_bad=skip_bad, n_images=len(rows))
+    except BaseException:
+        if keep is not None and embedded > kept:
+            keep(_index_of(artifact, known.values()))
+        raise
+    return IndexReport(
+        index=_index_of(artifact, rows),
+        embedded=embedded,
+        reused=len(rows) - embedded,
+        skipped=tuple(skipped),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Row:
+    name: str
+    sha256: str
+    embedding: NDArray[np.float32]
+
+
+def _index_of(artifact: str, rows: Collection[_Row]) -> ImageIndex:
+    return ImageIndex(
+        artifact=artifact,
+        names=tuple(row.name for row in rows),
+        sha256=tuple(row.sha256 for row in rows),
+        embeddings=np.stack([row.embedding for row in rows]),
+    )
+
+
+def _check_skipped(
+    folder: Path, skipped: Sequence[tuple[str, str]], *, skip_bad: bool, n_images: int
+) -> None:
     if skipped and not skip_bad:
         reasons = "\n".join(f"  {reason}" for _, reason in skipped)
         raise ImageError(
             f"{len(skipped)} of the files in {folder} are no images that can be read; remove them, "
             f"or index without them by --skip-bad:\n{reasons}"
         )
-    if not rows:
+    if not n_images:
         raise ImageError(f"none of the files in {folder} is an image that can be read")
-    return IndexReport(
-        index=ImageIndex(
-            artifact=artifact,
-            names=tuple(rows),
-            sha256=tuple(sha256 for sha256, _ in rows.values()),
-            embeddings=np.stack([embedding for _, embedding in rows.values()]),
-        ),
-        embedded=embedded,
-        reused=len(rows) - embedded,
-        skipped=tuple(skipped),
-    )
 
 
 def _identify(path: Path) -> str:

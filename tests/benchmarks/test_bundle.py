@@ -10,8 +10,8 @@ from PIL import Image
 from medgemma_benchmarks.bundle import open_bundle
 from medgemma_benchmarks.bundle_record import BundleError
 from tests.benchmarks.tiny_bundle import (
+    IMAGES,
     LABELS,
-    PICTURES,
     PRODUCER,
     arrays_of,
     tiny_opened,
@@ -33,12 +33,12 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert opened.record == written.record
     assert opened.record.producer == PRODUCER
     assert opened.record.labels == LABELS
-    for name, array in arrays_of(PICTURES).items():
+    for name, array in arrays_of(IMAGES).items():
         np.testing.assert_array_equal(opened.arrays[name], array)
         assert opened.arrays[name].dtype == array.dtype
-    for image, picture in zip(opened.record.images, PICTURES, strict=True):
-        np.testing.assert_array_equal(opened.rgb(image), picture.rgb)
-        assert image.sha256 == hashlib.sha256(picture.rgb.tobytes()).hexdigest()
+    for image, written_image in zip(opened.record.images, IMAGES, strict=True):
+        np.testing.assert_array_equal(opened.rgb(image), written_image.rgb)
+        assert image.sha256 == hashlib.sha256(written_image.rgb.tobytes()).hexdigest()
     assert opened.sha256 == hashlib.sha256((tmp_path / "reference/bundle.json").read_bytes()).hexdigest()
     assert [path.name for path in tmp_path.iterdir()] == ["reference"]
 
@@ -79,13 +79,13 @@ def test_arrays_that_do_not_fit_are_not_written(tmp_path: Path, arrays, words: s
 
 
 def test_names_must_be_unique_and_fit_a_file(tmp_path: Path) -> None:
-    twice = (PICTURES[0], PICTURES[0], PICTURES[2])
+    twice = (IMAGES[0], IMAGES[0], IMAGES[2])
     with pytest.raises(BundleError, match="image names must be unique"):
-        write_tiny_bundle(tmp_path / "reference", pictures=twice)
+        write_tiny_bundle(tmp_path / "reference", images=twice)
     for name in ("../red", "a\\b", ".hidden", "c:red"):
-        pictures = (replace(PICTURES[0], name=name), *PICTURES[1:])
+        images = (replace(IMAGES[0], name=name), *IMAGES[1:])
         with pytest.raises(BundleError, match="cannot be a file name"):
-            write_tiny_bundle(tmp_path / "reference", pictures=pictures)
+            write_tiny_bundle(tmp_path / "reference", images=images)
 
 
 def test_only_a_packing_reference_names_a_plan(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_record_whose_arrays_are_of_another_one_is_refused(tmp_path: Path) -> 
         open_bundle(tmp_path / "reference")
 
 
-def test_pixels_of_another_picture_are_found(tmp_path: Path) -> None:
+def test_pixels_of_another_image_are_found(tmp_path: Path) -> None:
     opened = write_tiny_bundle(tmp_path / "reference")
     stranger = replace(opened.record.images[0], sha256="0" * 64)
     with pytest.raises(BundleError, match=r"images/red\.png do not have the recorded SHA-256"):

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,17 @@ from PIL import Image
 
 from medgemma_benchmarks import cli
 from medgemma_benchmarks.results import read_result
-from tests.benchmarks.tiny_bundle import broken_image, tiny_opened, write_packing_bundle, write_tiny_bundle
+from tests.benchmarks.tiny_bundle import (
+    IMAGES,
+    LABELS,
+    arrays_of,
+    broken_image,
+    decoded_image,
+    tiny_opened,
+    write_packing_bundle,
+    write_tiny_bundle,
+)
+from tests.runtime import tiny_artifact as tiny
 
 pytest.importorskip("safetensors")
 pytest.importorskip("psutil")
@@ -21,6 +32,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run_main(main: Callable[[], int], *arguments: object) -> int:
         monkeypatch.setattr("sys.argv", ["medgemma", *(str(a) for a in arguments)])
         monkeypatch.setenv("COLUMNS", "200")
+        # Captions of words that the tiny text encoder knows: any other gives it a vector of length zero.
+        monkeypatch.setattr(cli, "LABELS", {label.name: label.caption for label in LABELS})
         return main()
 
     return run_main
@@ -32,7 +45,7 @@ def images(tmp_path: Path) -> Path:
     folder.mkdir()
     pixels = np.random.default_rng(1).integers(0, 256, (24, 20, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "noise.png")
-    (folder / ".DS_Store").write_text("no picture")
+    (folder / ".DS_Store").write_text("no image")
     return folder
 
 
@@ -49,6 +62,23 @@ def test_parity_passes_with_0_and_writes_its_result(run, tmp_path: Path, capsys)
     assert report.verdict == "PASS"
 
 
+def test_images_of_the_user_are_shown_when_asked(run, tmp_path: Path) -> None:
+    tiny_opened(tmp_path / "artifact")
+    write_tiny_bundle(tmp_path / "reference", images=tuple(replace(i, is_sample=False) for i in IMAGES))
+    arguments = (tmp_path / "artifact", "--reference", tmp_path / "reference", "--out", tmp_path / "out.json")
+    for options, names in (((), ["image 1", "image 2", "image 3"]), (("--show-images",), list(tiny.COLOURS))):
+        assert run(cli.parity_main, *arguments, *options) == 0
+        (report,) = read_result(tmp_path / "out.json")
+        assert [image.name for image in report.images] == names
+
+
+def test_a_place_for_the_result_is_refused_before_the_work(run, tmp_path: Path, capsys) -> None:
+    nowhere = ("--out", tmp_path / "no/out.json")
+    assert run(cli.parity_main, tmp_path, "--reference", tmp_path, *nowhere) == 2
+    assert run(cli.bench_main, tmp_path, *nowhere) == 2
+    assert capsys.readouterr().err.count("no is no directory; make it first") == 2
+
+
 def test_a_failed_gate_exits_with_1_and_still_writes_its_result(run, tmp_path: Path, capsys) -> None:
     broken_image(tmp_path / "artifact", "Neg")
     write_tiny_bundle(tmp_path / "reference")
@@ -58,6 +88,16 @@ def test_a_failed_gate_exits_with_1_and_still_writes_its_result(run, tmp_path: P
     assert "FAIL" in printed
     assert "3 different: red, green, blue" in printed
     assert read_result(tmp_path / "out.json")[0].verdict == "FAIL"
+
+
+def test_near_ties_alone_exit_with_0_and_are_counted(run, tmp_path: Path, capsys) -> None:
+    tiny_opened(tmp_path / "artifact", precision="int8")
+    pictures = (decoded_image("both", "red", "green"), *IMAGES)
+    arrays = arrays_of(pictures)
+    arrays["logits"][0, 0] = arrays["logits"][0, 1] - 0.05
+    write_tiny_bundle(tmp_path / "reference", images=pictures, arrays=arrays)
+    assert run(cli.parity_main, tmp_path / "artifact", "--reference", tmp_path / "reference") == 0
+    assert "No gate failed; 1 near tie (margin 0.1 logits)\nNEAR_TIE  manifest " in capsys.readouterr().out
 
 
 def test_several_references_give_a_list_and_one_failure_counts(run, tmp_path: Path, capsys) -> None:
@@ -103,7 +143,7 @@ def test_bench_measures_a_directory(run, tmp_path: Path, images: Path, capsys) -
     for words in ("end-to-end", "batch 2: ", "against itself: ", "AveragePool", "threads: 1"):
         assert words in printed
     (report,) = read_result(tmp_path / "bench.json")
-    assert report.pictures == ("noise.png",)
+    assert report.images == ("image 1",)
     assert run(cli.report_main, tmp_path / "bench.json", "--out", tmp_path / "report") == 0
     assert (tmp_path / "report/report.html").is_file()
 
@@ -136,7 +176,7 @@ def test_an_empty_directory_exits_with_2(run, tmp_path: Path, capsys) -> None:
     tiny_opened(tmp_path / "artifact")
     (tmp_path / "empty").mkdir()
     assert run(cli.bench_main, tmp_path / "artifact", "--images", tmp_path / "empty") == 2
-    assert "has no pictures" in capsys.readouterr().err
+    assert "has no images" in capsys.readouterr().err
 
 
 def test_report_refuses_a_file_that_is_none(run, tmp_path: Path, capsys) -> None:

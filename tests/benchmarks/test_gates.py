@@ -125,3 +125,28 @@ def test_a_faulty_file_is_refused(tmp_path: Path, change: tuple[str, str], words
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(EdgeError, match=r"gates none\.toml cannot be read"):
         load_gates(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("question", "component", "metric"),
+    [
+        ("pixels", "image", "cosine_min"),
+        ("tokens", "text", "differing_uint8"),
+        ("scheme", "zero-shot", "cosine_min"),
+        ("scheme", "image", "agreement"),
+        ("lowering", "image", "rounded_cosine_min"),
+    ],
+)
+def test_a_gate_on_what_is_not_measured_is_refused(
+    question: str, component: str, metric: str, tmp_path: Path
+) -> None:
+    text = FORM.replace("scheme", question).replace('["image"]', f'["{component}"]')
+    (tmp_path / "gates.toml").write_text(text.replace("cosine_min", metric))
+    with pytest.raises(EdgeError, match=f"{metric} is not measured for {question} of {component}"):
+        load_gates(tmp_path / "gates.toml")
+
+
+def test_a_negative_tie_margin_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "gates.toml").write_text(FORM.replace("0.1", "-0.1"))
+    with pytest.raises(EdgeError, match="cannot be negative"):
+        load_gates(tmp_path / "gates.toml")

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medgemma_benchmarks.latency import Picture, measure_latency, share_by_operator
+from medgemma_benchmarks import latency
+from medgemma_benchmarks.latency import TimedImage, measure_latency, share_by_operator
 from medgemma_benchmarks.peers import PeerModel, compare_with_peer, open_peer, parse_peer
 from medgemma_benchmarks.results import read_result, to_json
 from medgemma_benchmarks.timing import Repetition
@@ -25,10 +26,10 @@ ENTRY = ComponentEntry(
 )
 
 
-def pictures() -> list[Picture]:
+def images() -> list[TimedImage]:
     rng = np.random.default_rng(5)
     decoded = [rng.integers(0, 256, (20 + index, 30, 3), dtype=np.uint8) for index in range(2)]
-    return [Picture(name=f"noise-{i}", decode=lambda rgb=rgb: rgb) for i, rgb in enumerate(decoded)]
+    return [TimedImage(name=f"noise-{i}", decode=lambda rgb=rgb: rgb) for i, rgb in enumerate(decoded)]
 
 
 def test_every_stage_is_measured(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_every_stage_is_measured(tmp_path: Path) -> None:
     said: list[str] = []
     report = measure_latency(
         artifact,
-        pictures(),
+        images(),
         CAPTIONS,
         threads=1,
         batches=(1, 3),
@@ -52,7 +53,7 @@ def test_every_stage_is_measured(tmp_path: Path) -> None:
     assert [item.batch for item in report.throughput] == [1, 3]
     for item in report.throughput:
         assert item.images_per_second == pytest.approx(item.batch / item.times.p50_ms * 1e3)
-    assert report.pictures == ("noise-0", "noise-1")
+    assert report.images == ("noise-0", "noise-1")
     assert (report.repetition, report.device.threads) == (QUICK, 1)
     assert report.artifact.manifest_sha256 == artifact.manifest_sha256
     assert report.profile is not None
@@ -67,7 +68,7 @@ def test_every_stage_is_measured(tmp_path: Path) -> None:
 def test_one_tower_alone_is_measured(tmp_path: Path, kept: str) -> None:
     components = {kept: tiny_opened(tmp_path / "artifact").manifest.components[kept]}
     artifact = rewritten(tmp_path / "artifact", components=components)
-    report = measure_latency(artifact, pictures(), CAPTIONS, repetition=QUICK)
+    report = measure_latency(artifact, images(), CAPTIONS, repetition=QUICK)
     assert [cost.components for cost in report.processes] == [(kept,)]
     assert ("text" in report.stages, "end-to-end" in report.stages) == (kept == "text", kept == "image")
     assert report.profile is None
@@ -78,15 +79,43 @@ def test_one_tower_alone_is_measured(tmp_path: Path, kept: str) -> None:
     [
         ({"batches": (0,)}, "batch sizes must be at least 1 and are 0"),
         ({"captions": []}, "no caption was given"),
-        ({"pictures": []}, "no picture was given"),
+        ({"images": []}, "no image was given"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, arguments, words: str) -> None:
-    given = {"pictures": pictures(), "captions": CAPTIONS, "repetition": QUICK} | arguments
+    given = {"images": images(), "captions": CAPTIONS, "repetition": QUICK} | arguments
     with pytest.raises(EdgeError, match=words):
         measure_latency(
-            tiny_opened(tmp_path / "artifact"), given.pop("pictures"), given.pop("captions"), **given
+            tiny_opened(tmp_path / "artifact"), given.pop("images"), given.pop("captions"), **given
         )
+
+
+def test_an_artifact_without_a_direction_is_refused(tmp_path: Path) -> None:
+    artifact = broken_image(tmp_path / "artifact", "Log")
+    with pytest.raises(EdgeError, match="component 'image' gave NaN"):
+        measure_latency(artifact, images(), CAPTIONS, repetition=QUICK)
+
+
+def test_a_batch_is_refused_where_its_images_could_change_each_other(tmp_path: Path) -> None:
+    artifact = tiny_opened(tmp_path / "artifact", precision="int8")
+    rounding = replace(artifact.manifest.quantization, activations="uint8 dynamic")
+    artifact = rewritten(tmp_path / "artifact", precision="int8", quantization=rounding)
+    with pytest.raises(EdgeError, match=r"batches of 1, 4 .* rounds activations \(uint8 dynamic\)"):
+        measure_latency(artifact, images(), CAPTIONS, batches=(1, 4), repetition=QUICK)
+    report = measure_latency(artifact, images(), CAPTIONS, repetition=QUICK)
+    assert [item.batch for item in report.throughput] == [1]
+
+
+def test_a_file_that_is_no_image_is_refused_before_any_process_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bad() -> np.ndarray:
+        raise EdgeError("notes.txt is no image")
+
+    monkeypatch.setattr(latency, "measure_process_cost", lambda *_, **__: pytest.fail("it was started"))
+    given = [*images(), TimedImage(name="image 3", decode=bad)]
+    with pytest.raises(EdgeError, match=r"notes\.txt is no image"):
+        measure_latency(tiny_opened(tmp_path / "artifact"), given, CAPTIONS, repetition=QUICK)
 
 
 def test_a_fixed_batch_size_is_respected(tmp_path: Path) -> None:
@@ -95,18 +124,18 @@ def test_a_fixed_batch_size_is_respected(tmp_path: Path) -> None:
     fixed = replace(image, inputs=(tiny.tensor("pixel_values", "float32", 2, 3, 16, 16),))
     artifact = replace(artifact, manifest=replace(artifact.manifest, components={"image": fixed}))
     with pytest.raises(EdgeError, match="takes batches of 2 only and 1, 4 was asked for"):
-        measure_latency(artifact, pictures(), CAPTIONS, batches=(1, 4), repetition=QUICK)
+        measure_latency(artifact, images(), CAPTIONS, batches=(1, 4), repetition=QUICK)
 
 
 def test_a_peer_takes_turns_and_is_compared(tmp_path: Path) -> None:
     artifact = tiny_opened(tmp_path / "artifact")
     broken_image(tmp_path / "peer", "Add")
     peer = PeerModel(name="doubled", path=tmp_path / "peer/image.onnx")
-    report = measure_latency(artifact, pictures(), CAPTIONS, threads=1, repetition=QUICK, peers=[peer])
+    report = measure_latency(artifact, images(), CAPTIONS, threads=1, repetition=QUICK, peers=[peer])
     (comparison,) = report.peers
     assert comparison.name == "doubled"
     assert comparison.cosine_min == pytest.approx(1.0)
-    assert comparison.ours.runs == comparison.theirs.runs == 3
+    assert comparison.ours.runs == comparison.theirs.runs == 4  # three, made even
     assert 0 < comparison.ratio_min <= comparison.ratio_median <= comparison.ratio_max
     assert comparison.size_bytes == peer.path.stat().st_size
     assert comparison.sha256 == tiny.file_entry(tmp_path / "peer", "image.onnx").sha256
@@ -116,13 +145,13 @@ def test_a_peer_that_computes_something_else_has_another_cosine(tmp_path: Path) 
     artifact = tiny_opened(tmp_path / "artifact")
     broken_image(tmp_path / "peer", "Neg")
     peer = PeerModel(name="negated", path=tmp_path / "peer/image.onnx")
-    ours, theirs = open_session(artifact, "image"), open_peer(peer, artifact, threads=None)
-    pixels = [pixels_of(picture.decode())[None] for picture in pictures()]
+    ours, theirs = open_session(artifact, "image"), open_peer(peer, threads=None)
+    pixels = [pixels_of(image.decode())[None] for image in images()]
     comparison = compare_with_peer(ours, theirs, peer, pixels, repetition=QUICK)
     assert comparison.cosine_min == pytest.approx(-1.0)
 
 
-def test_peers_run_in_turns_and_on_the_same_pictures() -> None:
+def test_peers_run_in_turns_and_on_the_same_images() -> None:
     log: list[tuple[str, float]] = []
 
     class Fake:
@@ -146,7 +175,54 @@ def test_peers_run_in_turns_and_on_the_same_pictures() -> None:
         pixels,
         repetition=Repetition(seconds=0, min_runs=3, warm_up_runs=0),
     )
-    assert log[-6:] == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 1), ("b", 1)]
+
+    # Three pairs were asked for, and an even number lets each go first as often.
+    assert log[-8:] == [
+        *(("a", 1), ("b", 1), ("b", 2), ("a", 2)),
+        *(("a", 1), ("b", 1), ("b", 2), ("a", 2)),
+    ]
+
+
+def test_a_pause_precedes_every_timed_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    artifact = tiny_opened(tmp_path / "artifact")
+    peer = PeerModel(name="itself", path=tmp_path / "artifact/image.onnx")
+    pauses: list[float] = []
+    monkeypatch.setattr("medgemma_benchmarks.peers.time.sleep", pauses.append)
+    ours, theirs = open_session(artifact, "image", threads=1), open_peer(peer, threads=1)
+    pixels = [pixels_of(image.decode())[None] for image in images()]
+    comparison = compare_with_peer(ours, theirs, peer, pixels, repetition=QUICK)
+    assert len(pauses) == comparison.ours.runs + comparison.theirs.runs
+    assert min(pauses) >= 0.05
+    assert "100 ms" in comparison.method
+
+
+def test_a_peer_has_the_default_options_of_its_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    tiny_opened(tmp_path / "artifact")
+    given = []
+    intact = onnxruntime.InferenceSession
+
+    def recording(path: str, options: onnxruntime.SessionOptions, **rest: object) -> object:
+        given.append(options)
+        return intact(path, options, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recording)
+    peer = open_peer(PeerModel(name="peer", path=tmp_path / "artifact/image.onnx"), threads=1)
+    peer.close()
+    (options,) = given
+    default = onnxruntime.SessionOptions()
+    changed = {
+        name
+        for name in dir(default)
+        if not (name.startswith("_") or callable(getattr(default, name)))
+        and getattr(options, name) != getattr(default, name)
+    }
+    assert changed == {"intra_op_num_threads", "log_severity_level"}
+    with pytest.raises(RuntimeError, match="force_spinning_stop"):
+        options.get_session_config_entry("session.force_spinning_stop")
 
 
 def test_name_and_path_of_a_peer_are_parsed(tmp_path: Path) -> None:
@@ -162,17 +238,17 @@ def test_name_and_path_of_a_peer_are_parsed(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_is_no_image_tower_is_refused(tmp_path: Path) -> None:
-    artifact = tiny_opened(tmp_path / "artifact")
+    tiny_opened(tmp_path / "artifact")
     text = PeerModel(name="text", path=tmp_path / "artifact/text.onnx")
     with pytest.raises(EdgeError, match=r"peer text takes input_ids tensor\(int64\)"):
-        open_peer(text, artifact, threads=None)
+        open_peer(text, threads=None)
     (tmp_path / "junk.onnx").write_bytes(b"\x07junk")
     with pytest.raises(EdgeError, match="cannot load the peer junk"):
-        open_peer(PeerModel(name="junk", path=tmp_path / "junk.onnx"), artifact, threads=None)
+        open_peer(PeerModel(name="junk", path=tmp_path / "junk.onnx"), threads=None)
 
 
 def test_a_peer_with_several_outputs_must_name_one(tmp_path: Path) -> None:
-    artifact = tiny_opened(tmp_path / "artifact")
+    tiny_opened(tmp_path / "artifact")
 
     def program(*outputs: str) -> PeerModel:
         nodes = [tiny._node("AveragePool", ["x"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8])]
@@ -188,10 +264,10 @@ def test_a_peer_with_several_outputs_must_name_one(tmp_path: Path) -> None:
         return PeerModel(name="peer", path=path)
 
     with pytest.raises(EdgeError, match="outputs first, second and none is called pooler_output"):
-        open_peer(program("first", "second"), artifact, threads=None)
-    chosen = open_peer(program("hidden", "image_embeds"), artifact, threads=None)
+        open_peer(program("first", "second"), threads=None)
+    chosen = open_peer(program("hidden", "image_embeds"), threads=None)
     assert chosen.entry.outputs[0].name == "image_embeds"
-    assert open_peer(program("anything"), artifact, threads=None).entry.outputs[0].name == "anything"
+    assert open_peer(program("anything"), threads=None).entry.outputs[0].name == "anything"
 
 
 def test_a_profile_is_added_up_by_operator() -> None:

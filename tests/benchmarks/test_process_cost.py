@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from medgemma_benchmarks import process_cost
 from medgemma_benchmarks.process_cost import measure_process_cost, peak_rss_bytes, zero_inputs
 from medgemma_runtime.artifact import open_artifact
 from medgemma_runtime.errors import EdgeError
@@ -34,6 +35,24 @@ def test_memory_that_was_given_back_still_counts() -> None:
         "assert peak() - before > 60 << 20, peak() - before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_memory_that_was_given_back_is_not_resident_now() -> None:
+    code = (
+        "from medgemma_benchmarks.process_cost import rss_bytes as now\n"
+        "before = now(); ballast = bytearray(b'1') * (64 << 20); held = now(); del ballast\n"
+        "assert held - before > 60 << 20, held - before\n"
+        "assert now() - before < 16 << 20, now() - before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_idle_memory_is_what_is_resident_and_not_a_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = open_artifact(tiny.write_tiny_artifact(tmp_path / "artifact"))
+    monkeypatch.setattr(process_cost, "rss_bytes", lambda: 5)
+    assert process_cost._observe(artifact, ["image"], 1).idle_rss_bytes == 5
 
 
 def test_what_the_process_says_last_is_the_error(tmp_path: Path) -> None:

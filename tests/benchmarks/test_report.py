@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medgemma_benchmarks.latency import LatencyReport, Picture, measure_latency
+from medgemma_benchmarks.latency import LatencyReport, TimedImage, measure_latency
 from medgemma_benchmarks.parity import check_parity
 from medgemma_benchmarks.parity_report import ParityReport
 from medgemma_benchmarks.peers import PeerModel
@@ -14,7 +14,7 @@ from medgemma_benchmarks.report import write_report
 from medgemma_benchmarks.results import read_result
 from medgemma_benchmarks.timing import Repetition
 from medgemma_runtime.errors import EdgeError
-from tests.benchmarks.tiny_bundle import LABELS, PICTURES, broken_image, tiny_opened, write_tiny_bundle
+from tests.benchmarks.tiny_bundle import IMAGES, LABELS, broken_image, tiny_opened, write_tiny_bundle
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -65,7 +65,7 @@ def latency(tmp_path_factory: pytest.TempPathFactory) -> LatencyReport:
     root = tmp_path_factory.mktemp("latency")
     return measure_latency(
         tiny_opened(root / "fp32"),
-        [Picture(name="red", decode=lambda: PICTURES[0].rgb)],
+        [TimedImage(name="red", decode=lambda: IMAGES[0].rgb)],
         [LABELS[0].caption],
         repetition=Repetition(seconds=0, min_runs=2, warm_up_runs=0),
         peers=[PeerModel(name="itself", path=root / "fp32/image.onnx")],
@@ -86,15 +86,29 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path, parities, latency) ->
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["report.html", "report.json"]
 
 
-def test_every_picture_has_an_alternative_text(tmp_path: Path, parities, latency) -> None:
+def test_every_image_has_an_alternative_text(tmp_path: Path, parities, latency) -> None:
     page = Page(write_report([parities["fp32"], latency], tmp_path / "report"))
     images = sum(name == "src" for tag, name, _ in page.attributes if tag == "img")
     alternatives = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
     # A thumbnail each, cosines, size, two heat maps, latency.
-    assert images == len(alternatives) == len(PICTURES) + 5
+    assert images == len(alternatives) == len(IMAGES) + 5
     assert all(len(text) > 10 for text in alternatives)
     assert any("reference (float32)" in text and "red red 100%" in text for text in alternatives)
     assert any("Latency by stage, p50: fp32 decode" in text for text in alternatives)
+
+
+def test_images_of_the_user_are_not_shown(tmp_path: Path) -> None:
+    private = tuple(replace(image, name=f"DOE^{image.name}", is_sample=False) for image in IMAGES)
+    bundle = write_tiny_bundle(tmp_path / "reference", images=private)
+    artifact = tiny_opened(tmp_path / "fp32")
+    page = Page(write_report([check_parity(artifact, bundle)], tmp_path / "report"))
+    assert page.text.count("not shown") == len(IMAGES)
+    assert "medgemma-parity --show-images shows them" in page.text
+    for path in (tmp_path / "report").iterdir():
+        assert "DOE" not in path.read_text(encoding="utf-8")
+    shown = Page(write_report([check_parity(artifact, bundle, show_images=True)], tmp_path / "shown"))
+    assert "DOE^red" in shown.text
+    assert "not shown" not in shown.text
 
 
 def test_the_worst_verdict_comes_first(tmp_path: Path, parities) -> None:
@@ -111,7 +125,19 @@ def test_what_could_not_be_computed_is_a_dash_and_a_failure(tmp_path: Path, pari
     assert "✗ A gate failed" in page.text
     assert "no output" in page.text
     assert "cosine min \u2013, limit" in page.text
-    assert not re.search(r"\bnan\b(?! or infinite)", page.text, re.IGNORECASE)
+    assert not re.search(r"\bnan\b(?! or infinit)", page.text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(("ties", "words"), [(1, "1 near tie "), (2, "2 near ties ")])
+def test_near_ties_are_counted_and_their_margin_is_stated(
+    tmp_path: Path, parities, ties: int, words: str
+) -> None:
+    report = parities["int8"]
+    found = {where: replace(result, near_ties=ties) for where, result in report.zero_shot.items()}
+    tied = replace(report, verdict="NEAR_TIE", zero_shot=found)
+    page = Page(write_report([parities["fp32"], tied], tmp_path / "report"))
+    assert f"≈ No gate failed; {words}" in page.text
+    assert "within the tie margin of its own first choice, 0.1 logits." in page.text
 
 
 @pytest.mark.parametrize(
@@ -169,15 +195,15 @@ def test_the_same_results_give_the_same_page(tmp_path: Path, parities, latency) 
     assert pages[0] == pages[1]
 
 
-def test_pictures_that_differ_are_shown_first_and_the_rest_is_counted(
+def test_images_that_differ_are_shown_first_and_the_rest_is_counted(
     tmp_path: Path, parities, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medgemma_benchmarks.report._SHOWN_PICTURES", 1)
+    monkeypatch.setattr("medgemma_benchmarks.report._SHOWN_IMAGES", 1)
     report = parities["fp32"]
     assert report.images is not None
     images = (*report.images[:2], replace(report.images[2], agreement="DIFFERENT"))
     page = Page(write_report([replace(report, images=images)], tmp_path / "report"))
-    assert "1 of 3 pictures are shown, those that differ first" in page.text
+    assert "1 of 3 images are shown, those that differ first" in page.text
     thumbnails = [v for tag, n, v in page.attributes if (tag, n) == ("img", "alt") and "Thumbnail" in v]
     assert thumbnails == ["Thumbnail of blue: blue"]
 
@@ -217,6 +243,7 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path: Path, paritie
     ("content", "words"),
     [
         ("{", "is no JSON file"),
+        ("[" * 100_000, "is no JSON file"),
         ("{}", "neither a parity nor a latency report"),
         ('[{"report": "parity"}]', "not to the form of this version: artifact"),
         ('{"report": ["parity"]}', "neither a parity nor a latency report"),

@@ -1,6 +1,6 @@
 """References of the tiny artifact, worked out with Pillow and numpy alone, and ways to break the artifact.
 
-The tiny artifact's image encoder averages each quarter of a picture, its text encoder averages table rows
+The tiny artifact's image encoder averages each quarter of an image, its text encoder averages table rows
 over 64 positions; see `tests.runtime.tiny_artifact`.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medgemma_benchmarks.bundle import ReferenceBundle, ReferencePicture, write_bundle
+from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, write_bundle
 from medgemma_benchmarks.bundle_record import Producer, ReferenceLabel, StageTiming
 from medgemma_runtime.artifact import Artifact, open_artifact
 from medgemma_runtime.images import medsiglip_processor
@@ -32,22 +32,23 @@ PRODUCER = Producer(
 )
 
 
-def picture(name: str, *colours: str) -> ReferencePicture:
+def decoded_image(name: str, *colours: str) -> DecodedImage:
     """Vertical stripes of equal width; no stripe edge falls inside a quarter."""
     stripes = [
         np.broadcast_to(np.array(tiny.COLOURS[c], np.uint8), (32, 32 // len(colours), 3)) for c in colours
     ]
-    return ReferencePicture(
+    return DecodedImage(
         name=name,
         modality="test",
         label=colours[0],
         source="tests",
         licence="CC0",
         rgb=np.concatenate(stripes, axis=1),
+        is_sample=True,
     )
 
 
-PICTURES = tuple(picture(name, name) for name in tiny.COLOURS)
+IMAGES = tuple(decoded_image(name, name) for name in tiny.COLOURS)
 
 
 def pixels_of(rgb: np.ndarray) -> np.ndarray:
@@ -57,8 +58,8 @@ def pixels_of(rgb: np.ndarray) -> np.ndarray:
     return values.transpose(2, 0, 1)
 
 
-def arrays_of(pictures: tuple[ReferencePicture, ...]) -> dict[str, np.ndarray]:
-    pixels = np.stack([pixels_of(p.rgb) for p in pictures])
+def arrays_of(images: tuple[DecodedImage, ...]) -> dict[str, np.ndarray]:
+    pixels = np.stack([pixels_of(p.rgb) for p in images])
     image = pixels.reshape(-1, 3, 2, 8, 2, 8).mean(axis=(3, 5)).reshape(-1, tiny.WIDTH)
     ids = np.full((len(LABELS), tiny.LENGTH), 1, dtype=np.int64)
     for row, label in zip(ids, LABELS, strict=True):
@@ -77,7 +78,7 @@ def arrays_of(pictures: tuple[ReferencePicture, ...]) -> dict[str, np.ndarray]:
 def write_tiny_bundle(
     out: Path,
     *,
-    pictures: tuple[ReferencePicture, ...] = PICTURES,
+    images: tuple[DecodedImage, ...] = IMAGES,
     arrays: Mapping[str, np.ndarray] | None = None,
     **changes: Any,
 ) -> ReferenceBundle:
@@ -94,7 +95,7 @@ def write_tiny_bundle(
         "timings": {"image": StageTiming(p50_ms=1.5, runs=3)},
     }
     return write_bundle(
-        out, pictures=pictures, arrays=arrays_of(pictures) | dict(arrays or {}), **(arguments | changes)
+        out, images=images, arrays=arrays_of(images) | dict(arrays or {}), **(arguments | changes)
     )
 
 
@@ -102,7 +103,7 @@ def write_packing_bundle(
     out: Path, artifact: Artifact, *, arrays: Mapping[str, np.ndarray] | None = None, **changes: Any
 ) -> ReferenceBundle:
     """A packing reference of the tiny artifact: it rounds nothing, so its programs are their exact form."""
-    exact = arrays_of(PICTURES)
+    exact = arrays_of(IMAGES)
     rounded = {f"{name}.rounded_output": exact[f"{name}.pooler_output"] for name in ("image", "text")}
     packing: dict[str, Any] = {
         "kind": "packing",

@@ -41,7 +41,7 @@ def reference(checkpoint: Checkpoint) -> Reference:
     rng = np.random.default_rng(7)
     network = SiglipModel.from_pretrained(checkpoint.directory, dtype=torch.float32).eval()
     size = network.config.vision_config.image_size
-    # Smooth pictures, as images are: white noise averages out in the patch embedding.
+    # Smooth images, as images are: white noise averages out in the patch embedding.
     coarse = rng.uniform(-1, 1, (1, 3, 7, 7)).astype(np.float32)
     pixels = np.kron(coarse, np.ones((size // 7, size // 7), np.float32))
     ids = rng.integers(3, network.config.text_config.vocab_size, (1, 64))

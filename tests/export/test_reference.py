@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from medgemma_benchmarks.bundle import ReferenceBundle, ReferencePicture, open_bundle  # noqa: E402 - after importorskip
+from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, open_bundle  # noqa: E402 - after importorskip
 from medgemma_benchmarks.bundle_record import ReferenceLabel  # noqa: E402 - after importorskip
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from medgemma_export.reference import (  # noqa: E402
@@ -27,10 +27,10 @@ LABELS = (
 )
 
 
-def picture(name: str, seed: int) -> ReferencePicture:
+def decoded_image(name: str, seed: int) -> DecodedImage:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    return ReferencePicture(
+    return DecodedImage(
         name=name,
         modality="test",
         label=None,
@@ -40,13 +40,13 @@ def picture(name: str, seed: int) -> ReferencePicture:
     )
 
 
-PICTURES = (picture("one", 1), picture("two", 2), picture("three", 3))
+IMAGES = (decoded_image("one", 1), decoded_image("two", 2), decoded_image("three", 3))
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> ReferenceBundle:
     out = tmp_path_factory.mktemp("recorded") / "reference"
-    return record_reference(SAMPLE, out, pictures=PICTURES, labels=LABELS)
+    return record_reference(SAMPLE, out, images=IMAGES, labels=LABELS)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_canonicalization_does_not_rest_on_the_fast_tokenizer(copy: Path, bundle
     content = json.loads((copy / "tokenizer.json").read_text())
     assert content["normalizer"] is not None
     (copy / "tokenizer.json").write_text(json.dumps(content | {"normalizer": None}))
-    inputs = prepare_inputs(open_checkpoint(str(copy)), PICTURES[:1], LABELS)
+    inputs = prepare_inputs(open_checkpoint(str(copy)), IMAGES[:1], LABELS)
     np.testing.assert_array_equal(inputs.input_ids, bundle.arrays["text.input_ids"])
 
 
@@ -140,7 +140,7 @@ def test_a_sentencepiece_model_goes_before_the_fast_tokenizer(copy: Path) -> Non
     )
     (copy / "spiece.vocab").unlink()
     checkpoint = open_checkpoint(str(copy))
-    inputs = prepare_inputs(checkpoint, PICTURES[:1], LABELS)
+    inputs = prepare_inputs(checkpoint, IMAGES[:1], LABELS)
     assert "SiglipTokenizer (slow, spiece.model)" in inputs.tokenizer
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(copy / "spiece.model"))
     text = "".join(pieces.id_to_piece(int(i)) for i in inputs.input_ids[0] if i != 1)
@@ -160,10 +160,10 @@ def test_every_row_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             return intact(self, **inputs)
 
         monkeypatch.setattr(model, method, spy)
-    record_reference(SAMPLE, tmp_path / "reference", pictures=PICTURES, labels=LABELS)
+    record_reference(SAMPLE, tmp_path / "reference", images=IMAGES, labels=LABELS)
     assert {shape[0] for shape in rows} == {1}
     # One more of each to warm up.
-    assert len(rows) == len(PICTURES) + len(LABELS) + 2
+    assert len(rows) == len(IMAGES) + len(LABELS) + 2
 
 
 def test_logits_from_recorded_embeddings_are_the_models_own() -> None:
@@ -194,13 +194,13 @@ def test_the_record_says_what_computed_it(bundle: ReferenceBundle) -> None:
 
 
 def test_recording_twice_gives_the_same_arrays(bundle: ReferenceBundle, tmp_path: Path) -> None:
-    again = record_reference(SAMPLE, tmp_path / "again", pictures=PICTURES, labels=LABELS)
+    again = record_reference(SAMPLE, tmp_path / "again", images=IMAGES, labels=LABELS)
     for name, array in bundle.arrays.items():
         np.testing.assert_array_equal(again.arrays[name], array, err_msg=name)
 
 
 def test_a_coarser_dtype_is_recorded_as_float32_and_named(tmp_path: Path, bundle: ReferenceBundle) -> None:
-    coarse = record_reference(SAMPLE, tmp_path / "coarse", pictures=PICTURES, labels=LABELS, dtype="bfloat16")
+    coarse = record_reference(SAMPLE, tmp_path / "coarse", images=IMAGES, labels=LABELS, dtype="bfloat16")
     assert coarse.record.producer.dtype == "bfloat16"
     image = coarse.arrays["image.pooler_output"]
     assert image.dtype == np.float32
@@ -213,7 +213,7 @@ def test_progress_counts_the_rows(tmp_path: Path) -> None:
     record_reference(
         SAMPLE,
         tmp_path / "reference",
-        pictures=PICTURES,
+        images=IMAGES,
         labels=LABELS,
         progress=lambda *step: steps.append(step),
     )
@@ -224,33 +224,33 @@ def test_progress_counts_the_rows(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_is_refused_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(EdgeError, match="no CUDA device that torch can use; record on the CPU"):
-        record_reference(SAMPLE, tmp_path / "reference", pictures=PICTURES, labels=LABELS, device="cuda")
+        record_reference(SAMPLE, tmp_path / "reference", images=IMAGES, labels=LABELS, device="cuda")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_place_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(EdgeError, match="exists; remove it"):
-        record_reference("no/such-model", tmp_path, pictures=PICTURES, labels=LABELS)
+        record_reference("no/such-model", tmp_path, images=IMAGES, labels=LABELS)
 
 
 def test_a_caption_that_is_too_long_is_refused(checkpoint: Checkpoint) -> None:
     labels = (replace(LABELS[0], caption="a chest " * 70),)
     with pytest.raises(EdgeError, match=r"caption of label 'chest' makes .* ids and the model takes 64"):
-        prepare_inputs(checkpoint, PICTURES[:1], labels)
+        prepare_inputs(checkpoint, IMAGES[:1], labels)
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_a_missing_file_of_the_checkpoint_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(CheckpointError, match=f"copied has no {name}"):
-        prepare_inputs(open_checkpoint(str(copy)), PICTURES[:1], LABELS)
+        prepare_inputs(open_checkpoint(str(copy)), IMAGES[:1], LABELS)
 
 
 def test_another_architecture_is_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"architectures": ["CLIPModel"]}))
     with pytest.raises(CheckpointError, match=r"is \['CLIPModel'\] and a reference is .* SiglipModel"):
-        prepare_inputs(open_checkpoint(str(copy)), PICTURES[:1], LABELS)
+        prepare_inputs(open_checkpoint(str(copy)), IMAGES[:1], LABELS)
 
 
 def test_a_bundle_is_opened_again_from_its_place(bundle: ReferenceBundle) -> None:

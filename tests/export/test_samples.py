@@ -342,7 +342,10 @@ class TestRandomCheckpoint:
             (directory / "config.json").write_text("{}")
             return shapes
 
-        monkeypatch.setitem(random_checkpoint.MODELS, "small", write_files)
+        small = random_checkpoint.RandomModel(
+            write_files=write_files, distribution=random_checkpoint.siglip_distribution
+        )
+        monkeypatch.setitem(random_checkpoint.MODELS, "small", small)
         monkeypatch.setattr(random_checkpoint, "_CHUNK_VALUES", 64)
         return shapes
 
@@ -383,8 +386,13 @@ class TestRandomCheckpoint:
         norm = whole["text_model.encoder.layers.0.layer_norm1.weight"]
         assert 0.5 < norm.mean() < 1.5
 
+    def test_medgemma_4b_has_the_real_models_shapes(self, tmp_path):
+        shapes = random_checkpoint.MODELS["medgemma-4b"].write_files(tmp_path)
+        assert len(shapes) == 883
+        assert sum(math.prod(shape) for shape in shapes.values()) == 4_300_079_472
+
     def test_medsiglip_448_has_the_real_models_shapes(self, tmp_path):
-        shapes = random_checkpoint.MODELS["medsiglip-448"](tmp_path)
+        shapes = random_checkpoint.MODELS["medsiglip-448"].write_files(tmp_path)
         assert sum(math.prod(shape) for shape in shapes.values()) == 428_565_440 + 449_734_896 + 2
         assert shapes["vision_model.head.attention.in_proj_weight"] == (3456, 1152)
         assert shapes["vision_model.embeddings.position_embedding.weight"] == (1024, 1152)
@@ -395,7 +403,7 @@ class TestRandomCheckpoint:
 
     def test_bad_requests_are_refused(self, small, tmp_path):
         with pytest.raises(
-            EdgeError, match="no random large in bfloat16; models: medsiglip-448, small; dtypes"
+            EdgeError, match="no random large in bfloat16; models: medsiglip-448, medgemma-4b, small; dtypes"
         ):
             random_checkpoint.write_random_checkpoint("large", tmp_path / "new")
         with pytest.raises(EdgeError, match="no random small in int8"):

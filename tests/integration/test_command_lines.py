@@ -104,6 +104,24 @@ def test_a_damaged_scale_fails_the_packing_gate_with_exit_code_1(work, tmp_path)
     call("medgemma-parity", damaged, "--reference", work / "packing-int8", expect=1)
 
 
+def test_one_altered_row_that_no_caption_uses_is_named(work, tmp_path):
+    """Nothing that runs would show it; reading the integers back does."""
+    onnx = pytest.importorskip("onnx")
+    damaged = tmp_path / "int4"
+    shutil.copytree(work / "int4", damaged)
+    program = onnx.load(damaged / "onnx" / "text_model_q4.onnx", load_external_data=False)
+    name = "text_model.embeddings.token_embedding.weight"
+    [table] = [tensor for tensor in program.graph.initializer if tensor.name == name]
+    place = {entry.key: entry.value for entry in table.external_data}
+    data = damaged / "onnx" / place["location"]
+    content = bytearray(data.read_bytes())
+    content[int(place["offset"]) + int(place["length"]) - 1] ^= 1
+    data.write_bytes(content)
+    rehash(damaged, data)
+    words = ("packing", damaged, "--model", MODEL, "--reference", work / "reference")
+    assert name in refusal("medgemma-reference", *words, "--out", tmp_path / "packing")
+
+
 def rehash(directory, path):
     from medgemma_runtime.artifact import sha256_file
 

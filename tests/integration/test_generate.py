@@ -1,6 +1,9 @@
 """From a conversation with an image to an answer, held against transformers' own greedy generation."""
 
+import json
+
 import numpy as np
+import PIL.Image
 import pytest
 
 from medgemma_export.build import build
@@ -8,9 +11,11 @@ from medgemma_export.checkpoint import open_checkpoint
 from medgemma_export.recipe import Recipe
 from medgemma_quantization.scheme import SCHEMES
 from medgemma_runtime.artifact import open_artifact
+from medgemma_runtime.cli import app
+from medgemma_runtime.command import INTERRUPTED, printable, run_app
 from medgemma_runtime.errors import ArtifactError, TextError
-from medgemma_runtime.generate import GenerateOptions, Generator, sample_token
-from medgemma_runtime.prompt import Image, Message, Text
+from medgemma_runtime.generate import GenerateOptions, GenerateResult, Generator, sample_token
+from medgemma_runtime.prompt import Image, Message, Text, split_thinking
 
 MODEL = "sample:medgemma-tiny"
 QUESTION = (Message(role="user", parts=(Image(), Text("what does this image show?"))),)
@@ -162,3 +167,96 @@ def test_sampling_by_hand():
 def test_options_that_mean_nothing(options):
     with pytest.raises(ValueError, match="must"):
         GenerateOptions(**options)
+
+
+@pytest.fixture
+def generate(artifact, image, tmp_path, monkeypatch, capsys):
+    PIL.Image.fromarray(image).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        code = run_app(app, ["generate", str(artifact.directory), *words])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+DRAWN = ("--max-tokens", "24", "--temperature", "2", "--top-k", "200", "--top-p", "1", "--seed", "11")
+ASKED = ("--image", "image.png", "--prompt", "what does this image show?")
+
+
+def test_the_command_line_answers_as_the_library_does(generate, generator, image, tmp_path):
+    expected = generator.generate(QUESTION, [image], options=HOT)
+    code, out, err = generate(*ASKED, *DRAWN, "--threads", "1", "--json")
+    assert (code, err) == (0, "")
+    content = json.loads(out)
+    assert content["text"] == split_thinking(expected.text).answer != ""
+    assert content["ended"] == expected.ended
+    assert content["tokens"] == {"prompt": expected.prompt_tokens, "answer": len(expected.ids)}
+    assert set(content["milliseconds"]) == {"images", "prefill", "decode"}
+
+    (tmp_path / "question.txt").write_text("\ufeffwhat does this image show?\n", encoding="utf-8")
+    code, out, err = generate(*ASKED[:2], "--prompt-file", "question.txt", *DRAWN, "--threads", "1")
+    assert code == 0
+    assert out == printable(content["text"].replace("\t", "    ")) + "\n"
+    assert ("cut off after 24 tokens" in err) == (expected.ended == "length")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "either --prompt or --prompt-file"),
+        (("--prompt", "x", "--prompt-file", "y"), "either --prompt or --prompt-file"),
+        (("--prompt-file", "image.png"), "is not UTF-8 text"),
+        (("--prompt", "x", "--top-p", "0"), "--top-p above 0"),
+        (("--prompt", "x", "--temperature", "inf"), "a finite number"),
+        (("--prompt", "x", "--image", "absent.png"), "is not a file"),
+        (("--prompt", "<start_of_turn>"), "<start_of_turn>"),
+    ],
+)
+def test_the_command_line_refuses_what_is_no_question(generate, words, message):
+    code, out, err = generate(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+
+
+PIECES = ("<unused94>", "thought", "\n", "It is ", "red.", "<unused95>", "A \t", "red\x1b ", "image. ", "\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [((), "A     red\ufffd image.\n"), (("--thoughts",), "It is red.\n\nA     red\ufffd image.\n")],
+)
+def test_a_thought_is_printed_only_when_asked_for(generate, monkeypatch, words, expected):
+    def said(self, *_, on_text, **__):
+        assert all(on_text(piece) for piece in PIECES)
+        return GenerateResult(
+            text="".join(PIECES),
+            ids=(1, 2),
+            ended="stop",
+            prompt_tokens=3,
+            images_ms=0.0,
+            prefill_ms=0.0,
+            decode_ms=0.0,
+        )
+
+    monkeypatch.setattr(Generator, "generate", said)
+    assert generate("--prompt", "x", *words) == (0, expected, "")
+
+
+def test_an_interruption_ends_the_line_and_the_program(generate, monkeypatch):
+    def interrupted(self, *_, on_text, **__):
+        on_text("A red")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "generate", interrupted)
+    assert generate("--prompt", "x") == (INTERRUPTED, "A red\n", "")
+
+
+def test_the_help_has_examples_and_a_warning(generate):
+    code, out, _ = generate("--help")
+    assert code == 0
+    assert "medgemma-run generate out/medgemma-int4 --image film.dcm" in out
+    assert "Not for diagnosis" in out

@@ -19,10 +19,14 @@ def checkpoint():
     return {spec.name: rng.normal(size=spec.shape).astype(np.float32) for spec in SPECS}
 
 
+def reader(checkpoint):
+    return lambda name, rows=None: checkpoint[name][rows or slice(None)]
+
+
 @pytest.mark.parametrize("scheme", ["fp32", "int8", "int4"])
 def test_what_is_read_back_is_the_weight_within_half_a_step(tmp_path, checkpoint, scheme):
     plan = make_plan(SCHEMES[scheme], SPECS)
-    weights = quantize_weights(plan, checkpoint.__getitem__, tmp_path)
+    weights = quantize_weights(plan, reader(checkpoint), tmp_path)
     for row in plan.rows:
         true = checkpoint[row.name]
         grow = [(0, stored - size) for stored, size in zip(row.stored_shape, true.shape, strict=True)]
@@ -40,19 +44,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, checkpoint):
     plan = make_plan(SCHEMES["int8"], SPECS)
     reads: list[str] = []
 
-    def stops_at_the_second(name):
+    def stops_at_the_second(name, rows=None):
         reads.append(name)
         if name == "fc2.weight":
             raise KeyboardInterrupt
-        return checkpoint[name]
+        return checkpoint[name][rows or slice(None)]
 
     with pytest.raises(KeyboardInterrupt):
         quantize_weights(plan, stops_at_the_second, tmp_path)
     reads.clear()
 
-    def counts(name):
+    def counts(name, rows=None):
         reads.append(name)
-        return checkpoint[name]
+        return checkpoint[name][rows or slice(None)]
 
     steps: list[tuple[int, int]] = []
     quantize_weights(plan, counts, tmp_path, progress=lambda done, total: steps.append((done, total)))
@@ -61,17 +65,33 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, checkpoint):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_half_written_pair_is_made_again(tmp_path, checkpoint):
+@pytest.mark.parametrize("damage", ["torn", "missing", "one bit"])
+def test_integers_that_are_not_whole_are_made_again(tmp_path, checkpoint, damage):
     plan = make_plan(SCHEMES["int8"], SPECS)
-    weights = quantize_weights(plan, checkpoint.__getitem__, tmp_path)
-    before = weights.quantized("fc1.weight")
-    (tmp_path / "fc1.weight.scales.npy").unlink()
-    (tmp_path / "fc1.weight.values.npy").write_bytes(b"torn")
-    after = quantize_weights(plan, checkpoint.__getitem__, tmp_path).quantized("fc1.weight")
+    before = quantize_weights(plan, reader(checkpoint), tmp_path).quantized("fc1.weight")
+    path = tmp_path / "fc1.weight.values.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"torn" if damage == "torn" else content)
+    after = quantize_weights(plan, reader(checkpoint), tmp_path).quantized("fc1.weight")
     np.testing.assert_array_equal(before.values, after.values)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_rounding_piece_by_piece_is_rounding_at_once(tmp_path, checkpoint, monkeypatch, scheme):
+    plan = make_plan(SCHEMES[scheme], SPECS)
+    whole = quantize_weights(plan, reader(checkpoint), tmp_path / "whole")
+    monkeypatch.setattr("medgemma_quantization.weights._PIECE_VALUES", 200)
+    pieces = quantize_weights(plan, reader(checkpoint), tmp_path / "pieces")
+    for name in ("fc1.weight", "fc2.weight"):
+        np.testing.assert_array_equal(whole.quantized(name).values, pieces.quantized(name).values)
+        np.testing.assert_array_equal(whole.scales(name), pieces.scales(name))
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path, checkpoint):
     checkpoint["fc2.weight"][3, 3] = np.inf
     with pytest.raises(CheckpointError, match=r"fc2.weight cannot be quantized: a weight is not finite"):
-        quantize_weights(make_plan(SCHEMES["int4"], SPECS), checkpoint.__getitem__, tmp_path)
+        quantize_weights(make_plan(SCHEMES["int4"], SPECS), reader(checkpoint), tmp_path)

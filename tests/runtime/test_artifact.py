@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from medgemma_runtime.artifact import open_artifact, sha256_file, verify
+from medgemma_runtime.embed import Embedder
 from medgemma_runtime.errors import ArtifactError
 from medgemma_runtime.manifest import MANIFEST_NAME, write_manifest
-from tests.runtime.tiny_artifact import FILES, file_entry, tiny_manifest, write_tiny_artifact
+from tests.runtime.tiny_artifact import FILES, WIDTH, file_entry, tiny_manifest, write_tiny_artifact
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_a_directory_in_place_of_a_file_is_no_file(directory: Path) -> None:
         open_artifact(directory)
 
 
-@pytest.mark.parametrize("name", ["extra.bin", "deep/er/extra.bin", ".hidden"])
+@pytest.mark.parametrize("name", ["extra.bin", "deep/er/extra.bin", "README.txt", "deep/LICENSE"])
 def test_an_unlisted_file_is_refused(directory: Path, name: str) -> None:
     path = directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,11 +88,44 @@ def test_what_is_neither_file_nor_directory_is_refused(directory: Path, kind: st
         open_artifact(directory)
 
 
-def test_a_link_out_of_the_directory_is_refused(directory: Path) -> None:
-    outside = directory.parent / "outside"
-    (directory / "text.onnx").rename(outside)
-    (directory / "text.onnx").symlink_to(outside)
-    with pytest.raises(ArtifactError, match=r"text\.onnx is a link to a place outside"):
+@pytest.mark.parametrize("name", [".DS_Store", ".git/config", "deep/.cache/x.bin", "README.md", "LICENSE"])
+def test_what_systems_and_hubs_add_is_not_looked_at(directory: Path, name: str) -> None:
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("absent")
+    open_artifact(directory)
+
+
+@pytest.mark.parametrize("name", [".plan.json", "README.md"])
+def test_what_is_listed_is_checked_whatever_its_name(directory: Path, name: str) -> None:
+    (directory / name).write_bytes(b"whole")
+    manifest = tiny_manifest(directory)
+    files = (*manifest.files, file_entry(directory, name))
+    write_manifest(dataclasses.replace(manifest, files=files), directory)
+    open_artifact(directory)
+    (directory / name).write_bytes(b"other")
+    with pytest.raises(ArtifactError, match=f"{name} does not have the SHA-256"):
+        open_artifact(directory)
+
+
+def test_the_cache_of_a_hub_is_opened(directory: Path) -> None:
+    blobs = directory.parent / "blobs"
+    blobs.mkdir()
+    names = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+    for number, name in enumerate(names):
+        (directory / name).rename(blobs / str(number))
+        (directory / name).symlink_to(blobs / str(number))
+    with Embedder(open_artifact(directory), threads=1) as embedder:
+        assert embedder.embed_texts(["red"]).shape == (1, WIDTH)
+    with pytest.raises(ArtifactError, match="is a link, which only its SHA-256 can vouch for"):
+        open_artifact(directory, check_hashes=False)
+    blob = blobs / str(names.index(Path("text.onnx")))
+    blob.write_bytes(blob.read_bytes()[::-1])
+    with pytest.raises(ArtifactError, match=r"text\.onnx does not have the SHA-256"):
+        open_artifact(directory)
+    blob.unlink()
+    os.mkfifo(blob)
+    with pytest.raises(ArtifactError, match=r"text\.onnx is missing"):
         open_artifact(directory)
 
 
@@ -103,8 +137,10 @@ def test_a_linked_directory_is_no_way_out(directory: Path) -> None:
     manifest = tiny_manifest(directory)
     files = (*manifest.files, file_entry(directory, "deep/weights.bin"))
     write_manifest(dataclasses.replace(manifest, files=files), directory)
-    with pytest.raises(ArtifactError, match=r"deep/weights\.bin is a link to a place outside"):
+    with pytest.raises(ArtifactError, match="deep is in artifact and not in its manifest"):
         open_artifact(directory)
+    with pytest.raises(ArtifactError, match=r"deep/weights\.bin is a link"):
+        open_artifact(directory, check_hashes=False)
 
 
 def test_a_link_within_the_directory_is_taken(directory: Path) -> None:

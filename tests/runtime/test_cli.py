@@ -1,14 +1,19 @@
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from medgemma_runtime import cli
+from medgemma_runtime import cli, image_index
 from medgemma_runtime.artifact import open_artifact
-from medgemma_runtime.command import run_app
+from medgemma_runtime.command import INTERRUPTED, run_app
 from medgemma_runtime.embed import Embedder
 from medgemma_runtime.images import load_image
 from medgemma_runtime.manifest import write_manifest
@@ -66,6 +71,18 @@ def test_info_shows_the_manifest(commands: Commands) -> None:
     artifact = open_artifact(commands.directory / "artifact")
     assert content["manifest_sha256"] == artifact.manifest_sha256
     assert content["size_bytes"] == artifact.size_bytes
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no SIGPIPE")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_leaves_ends_it_quietly(commands: Commands, options: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = "import sys; from medgemma_runtime.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", program, "info", "artifact", *options]
+    with os.fdopen(writing, "wb") as stdout:
+        ended = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, b"")
 
 
 def test_info_prints_a_hostile_manifest_as_plain_text(commands: Commands) -> None:
@@ -184,7 +201,7 @@ def test_embed_prints_json(commands: Commands, embedder: Embedder) -> None:
         (["--text", "red"], "give either --out or --json"),
         (["--text", "red", "--out", "x.npy", "--json"], "give either --out or --json"),
         (["--text", "red", "--out", "images"], "is there already and is no file"),
-        (["--text", "red", "--out", "no/x.npy"], "no/x.npy cannot be read or written"),
+        (["--text", "red", "--out", "no/x.npy"], "no/x.npy cannot be written: no is no directory"),
         (["--text", "red " * 64, "--json"], "has 64 tokens"),
     ],
 )
@@ -230,6 +247,31 @@ def test_index_names_bad_files_and_skips_them_only_when_asked(commands: Commands
     assert "notes.txt" in out
     content = commands.json("index", "artifact", "images", "--out", "index.npz", "--skip-bad")
     assert [row["name"] for row in content["skipped"]] == ["notes.txt"]
+
+
+def test_a_stopped_index_is_gone_on_with(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, out = commands.directory / "images", ("--out", "index.npz")
+    (images / "green.png").rename(images / "m.png")
+    (images / "c.png").write_text("no image")
+    assert "c.png" in commands.refused("index", "artifact", "images", *out)
+    (images / "c.png").unlink()
+    Image.new("RGB", (8, 8), (9, 200, 90)).save(images / "a.png")
+    Image.new("RGB", (8, 8), (9, 200, 91)).save(images / "z.png")
+
+    real = image_index.load_image
+
+    def interrupted(path: Path) -> Any:
+        if path.name == "z.png":
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(image_index, "load_image", interrupted)
+    assert commands.run("index", "artifact", "images", *out)[0] == INTERRUPTED
+    assert "there is no index" in commands.refused("search", "artifact", "index.npz", "--text", "red")
+    monkeypatch.setattr(image_index, "load_image", real)
+    content = commands.json("index", "artifact", "images", *out)
+    assert (content["images"], content["embedded"], content["reused"]) == (5, 1, 4)
+    assert sorted(path.name for path in commands.directory.glob("index*")) == ["index.npz"]
 
 
 def test_an_index_of_another_artifact_is_refused(commands: Commands) -> None:

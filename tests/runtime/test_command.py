@@ -6,9 +6,11 @@ import typer
 from medgemma_runtime.command import (
     BAD_REQUEST,
     CHECK_FAILED,
+    DEFECT,
     DONE,
     INTERRUPTED,
     printable,
+    progress_bar,
     run_app,
 )
 from medgemma_runtime.errors import ArtifactError
@@ -74,9 +76,9 @@ def test_ctrl_c_ends_as_shells_expect() -> None:
     assert run_app(app_of(KeyboardInterrupt()), []) == INTERRUPTED
 
 
-def test_a_defect_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_app(app_of(ZeroDivisionError()), [])
+def test_a_defect_prints_its_traceback_and_is_no_failed_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(app_of(ZeroDivisionError()), []) == DEFECT
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_words_come_from_the_process_when_none_are_given(
@@ -84,6 +86,37 @@ def test_words_come_from_the_process_when_none_are_given(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["program", "--unknown"])
     assert run_app(app_of(None)) == BAD_REQUEST
+
+
+def test_progress_shows_what_is_done_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+    with progress_bar("opening") as progress:
+        progress("embedding [red]a\x1b]0;title\x07", 1, 2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "embedding [red]a\ufffd]0;title\ufffd" in captured.err
+
+
+def test_progress_of_an_unknown_total_is_no_finished_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_bar("opening") as progress:
+        progress("timing", 0, 0)
+    assert "timing" in capsys.readouterr().err
+
+
+def test_progress_writes_nothing_where_stderr_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    with progress_bar("opening") as progress:
+        progress("embedding", 1, 2)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
 
 
 def test_control_sequences_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

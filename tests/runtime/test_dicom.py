@@ -1,6 +1,7 @@
 """DICOM rendering against pydicom's own transformations, lossless siblings and numbers computed by hand."""
 
 import importlib.util
+import os
 import re
 import sys
 import warnings
@@ -426,6 +427,44 @@ def test_a_supplemental_palette_colours_only_what_it_covers() -> None:
 def test_a_supplemental_palette_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="without a palette"):
         read_dicom(written(tmp_path / "a.dcm", row(0, 1), PixelPresentation="COLOR"))
+
+
+def test_a_window_is_the_same_for_any_type_of_pixel(tmp_path: Path) -> None:
+    """Small integers go through a table, others do not."""
+    stored = np.random.default_rng(5).integers(-32768, 32768, (40, 50))
+    stored[0, :4] = (-32768, -1, 0, 32767)
+    renderings = [
+        read_dicom(
+            written(
+                tmp_path / f"{np.dtype(dtype)}.dcm",
+                stored.astype(dtype),
+                RescaleSlope=0.7,
+                RescaleIntercept=-3.0,
+                WindowCenter=50,
+                WindowWidth=40001,
+            )
+        )
+        for dtype in (np.int16, np.int32)
+    ]
+    np.testing.assert_array_equal(*renderings)
+    assert len(np.unique(renderings[0])) > 200
+
+
+def test_the_range_of_all_frames_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    real = dicom._decode
+    monkeypatch.setattr(
+        dicom, "_decode", lambda path, dataset, frame: decoded.append(frame) or real(path, dataset, frame)
+    )
+    path = tmp_path / "x.dcm"
+    frames = np.array([[[0, 10]], [[20, 100]], [[40, 60]]], np.int16)
+    written(path, frames, Modality="MR")
+    assert [levels(path, frame) for frame in range(3)] == [[0, 26], [51, 255], [102, 153]]
+    assert sorted(decoded) == [0, 1, 1, 2, 2]
+    status = path.stat()
+    written(path, np.minimum(frames * 2, 100), Modality="MR")  # as large as before
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert levels(path, 0) == [0, 51]
 
 
 # --- frames and functional groups ---

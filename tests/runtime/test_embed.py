@@ -83,6 +83,18 @@ def test_refuses_an_empty_batch_size(embedder: Embedder) -> None:
         embedder.embed_images(noise(0, 1), batch_size=0)
 
 
+def test_an_artifact_that_rounds_activations_takes_one_at_a_time(embedder: Embedder) -> None:
+    manifest = embedder.artifact.manifest
+    rounding = dataclasses.replace(manifest.quantization, activations="int8-dynamic")
+    artifact = dataclasses.replace(
+        embedder.artifact, manifest=dataclasses.replace(manifest, quantization=rounding)
+    )
+    with Embedder(artifact) as other:
+        assert other.embed_images(noise(0, 2)).shape == (2, WIDTH)
+        with pytest.raises(EdgeError, match="use batch_size 1"):
+            other.embed_images(noise(0, 2), batch_size=2)
+
+
 def test_ids_and_texts_agree(embedder: Embedder) -> None:
     ids = np.ones((1, LENGTH), np.int64)
     ids[0, 0] = TOKEN_IDS["▁red"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from medgemma_runtime import image_index
@@ -85,13 +86,64 @@ def test_only_new_content_is_embedded_again(
     loaded: list[str] = []
     real = image_index.load_image
     monkeypatch.setattr(image_index, "load_image", lambda path: loaded.append(path.name) or real(path))
-    second = index_folder(embedder, folder, earlier=first)
+    second = index_folder(embedder, folder, earlier=[first])
     assert loaded == ["green.png"]
     assert (second.embedded, second.reused) == (1, 3)
     assert second.index.names == ("blue.png", "copy.png", "green.png", "renamed.png")
     fresh = index_folder(embedder, folder).index
     np.testing.assert_array_equal(second.index.embeddings, fresh.embeddings)
     assert second.index.sha256 == fresh.sha256
+
+
+class Stopping:
+    """Stands in for `load_image`: counts, and stops the work at the file `at`."""
+
+    def __init__(self, at: str, error: BaseException) -> None:
+        self.at, self.error = at, error
+        self.loaded: list[str] = []
+        self._real = image_index.load_image
+
+    def __call__(self, path: Path) -> NDArray[np.uint8]:
+        if path.name == self.at:
+            raise self.error
+        self.loaded.append(path.name)
+        return self._real(path)
+
+
+@pytest.mark.parametrize("error", [ImageError("bad"), KeyboardInterrupt(), EdgeError("not finite")])
+def test_work_that_stops_keeps_what_it_made(
+    embedder: Embedder, folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    kept: list[ImageIndex] = []
+    stopping = Stopping("green.png", error)
+    monkeypatch.setattr(image_index, "load_image", stopping)
+    with pytest.raises(type(error)):
+        index_folder(embedder, folder, keep=kept.append)
+    (made,) = kept
+    assert made.names == tuple(stopping.loaded)
+    with pytest.raises(type(error)):
+        index_folder(embedder, folder, earlier=kept, keep=kept.append)
+    done = set(stopping.loaded)
+    stopping.at = ""
+    stopping.loaded.clear()
+    report = index_folder(embedder, folder, earlier=kept)
+    assert set(stopping.loaded) == {"blue.png", "green.png", "red.png"} - done
+    assert report.index.names == ("blue.png", "green.png", "red.png")
+    np.testing.assert_array_equal(report.index.embeddings, index_folder(embedder, folder).index.embeddings)
+
+
+def test_work_is_kept_from_time_to_time(
+    embedder: Embedder, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_index, "_IMAGES_BETWEEN_KEEPING", 2)
+    for level in (1, 2):
+        Image.new("RGB", (8, 8), (level, 90, 0)).save(folder / f"z{level}.png")
+    kept: list[ImageIndex] = []
+    first = index_folder(embedder, folder, keep=kept.append).index
+    assert [len(made.names) for made in kept] == [2, 4]
+    kept.clear()
+    index_folder(embedder, folder, earlier=[first], keep=kept.append)
+    assert kept == []
 
 
 def test_equal_files_are_embedded_once(embedder: Embedder, folder: Path) -> None:
@@ -102,7 +154,7 @@ def test_equal_files_are_embedded_once(embedder: Embedder, folder: Path) -> None
 
 def test_an_index_of_another_artifact_is_refused(embedder: Embedder, folder: Path) -> None:
     with pytest.raises(EdgeError, match="was made by the artifact aaaaaaaaaaaa and this one is"):
-        index_folder(embedder, folder, earlier=small_index())
+        index_folder(embedder, folder, earlier=[small_index()])
 
 
 def test_every_bad_file_is_named_and_nothing_is_indexed(embedder: Embedder, folder: Path) -> None:

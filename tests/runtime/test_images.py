@@ -108,16 +108,16 @@ def test_serving_equals_googles_service_bit_for_bit(shape: tuple[int, int]) -> N
 def test_every_mode_becomes_rgb_as_in_transformers(mode: str, tmp_path: Path) -> None:
     transforms = pytest.importorskip("transformers.image_transforms")
     base = Image.fromarray(np.dstack([pattern(20, 30), pattern(30, 20).reshape(20, 30, 3)[:, :, :1]]), "RGBA")
-    picture = base.convert("P").convert("PA") if mode == "PA" else base.convert(mode)
+    image = base.convert("P").convert("PA") if mode == "PA" else base.convert(mode)
     if mode in ("HSV", "PA"):  # no file format keeps these
-        actual = images._to_rgb(tmp_path, picture)
+        actual = images._to_rgb(tmp_path, image)
     else:
-        path = tmp_path / ("picture.tif" if mode in ("CMYK", "YCbCr") else "picture.png")
-        picture.save(path)
-        actual, picture = load_image(path), Image.open(path)
-        assert picture.mode == mode
-    np.testing.assert_array_equal(actual, transforms.convert_to_rgb(picture, return_numpy=True))
-    picture.close()
+        path = tmp_path / ("image.tif" if mode in ("CMYK", "YCbCr") else "image.png")
+        image.save(path)
+        actual, image = load_image(path), Image.open(path)
+        assert image.mode == mode
+    np.testing.assert_array_equal(actual, transforms.convert_to_rgb(image, return_numpy=True))
+    image.close()
 
 
 def test_torchs_bilinear_kernel_differs_by_at_most_one_level() -> None:
@@ -321,19 +321,26 @@ def test_a_frame_is_selected(tmp_path: Path) -> None:
         load_image(tmp_path / "one.png", frame=1)
 
 
-def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="is not a file"):
         load_image(tmp_path)
     with pytest.raises(ImageError, match="is not a file"):
         load_image(tmp_path / "absent.png")
-    for content in (b"", b"a note, not a picture", bytes(200)):
+    for content in (b"", b"a note, not an image", bytes(200)):
         (tmp_path / "note.png").write_bytes(content)
-        with pytest.raises(ImageError, match="not a picture that Pillow knows"):
+        with pytest.raises(ImageError, match="not an image of a known format"):
             load_image(tmp_path / "note.png")
 
 
+def test_postscript_is_never_run(tmp_path: Path) -> None:
+    """Pillow would hand it to Ghostscript, whatever the file is called."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "chest.png", format="EPS")
+    with pytest.raises(ImageError, match="not an image of a known format"):
+        load_image(tmp_path / "chest.png")
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "gif", "bmp", "webp", "jp2"])
-def test_a_picture_cut_short_is_refused(suffix: str, tmp_path: Path) -> None:
+def test_an_image_cut_short_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"whole.{suffix}"
     Image.fromarray(pattern(64, 64)).save(path)
     content = path.read_bytes()
@@ -389,7 +396,7 @@ def test_the_pixel_limit_holds_without_pillows(tmp_path: Path, monkeypatch: pyte
         load_image(tmp_path / "bomb.png")
 
 
-def test_a_picture_without_pixels_is_refused(tmp_path: Path) -> None:
+def test_an_image_without_pixels_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.ppm").write_bytes(b"P6 0 4 255\n")
     with pytest.raises(ImageError):
         load_image(tmp_path / "empty.ppm")
@@ -516,9 +523,9 @@ def golden_files() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
 
-    def png(picture: Image.Image, **options: object) -> bytes:
+    def png(image: Image.Image, **options: object) -> bytes:
         stream = io.BytesIO()
-        picture.save(stream, "PNG", **options)
+        image.save(stream, "PNG", **options)
         return stream.getvalue()
 
     rgb = {f"rgb-{height}x{width}": png(Image.fromarray(pattern(height, width))) for height, width in SHAPES}
@@ -575,9 +582,9 @@ def test_pillows_other_warnings_reach_the_user(tmp_path: Path, monkeypatch: pyte
     Image.fromarray(pattern(3, 3)).save(tmp_path / "fine.png")
     original = Image.open
 
-    def warns(path: Path) -> Image.Image:
+    def warns(path: Path, **options: object) -> Image.Image:
         warnings.warn("odd metadata", UserWarning, stacklevel=2)
-        return original(path)
+        return original(path, **options)
 
     monkeypatch.setattr(images.Image, "open", warns)
     with pytest.warns(UserWarning, match="odd metadata"):

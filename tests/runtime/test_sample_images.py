@@ -1,4 +1,4 @@
-"""The sample images are where the table says, and are real and distinct pictures."""
+"""The sample images are where the table says, and are real and distinct images."""
 
 import importlib.util
 import socket
@@ -30,12 +30,12 @@ def test_the_table_is_consistent() -> None:
 
 def test_every_sample_loads_without_network_and_no_two_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    pictures = {sample.name: load_sample(sample) for sample in SAMPLE_IMAGES}
-    for name, picture in pictures.items():
-        assert picture.ndim == 3, name
-        assert picture.shape[2] == 3, name
-        assert int(picture.max()) - int(picture.min()) > 60, f"{name} has hardly any contrast"
-    assert len({picture.tobytes() for picture in pictures.values()}) == len(pictures)
+    images = {sample.name: load_sample(sample) for sample in SAMPLE_IMAGES}
+    for name, image in images.items():
+        assert image.ndim == 3, name
+        assert image.shape[2] == 3, name
+        assert int(image.max()) - int(image.min()) > 60, f"{name} has hardly any contrast"
+    assert len({image.tobytes() for image in images.values()}) == len(images)
 
 
 def test_dicom_samples_have_the_modality_of_the_table() -> None:

@@ -42,9 +42,14 @@ _PROJECTION = "multi_modal_projector.mm_input_projection.weight"
 _KINDS = ("key", "value")
 _ROTARY_KEYS = {"rope_type", "rope_theta", "factor"}
 
+# <eos> and <end_of_turn> of Gemma 3's tokenizer, as google/gemma-3-4b-it's generation_config.json has them.
+_STOP_IDS = (1, 106)
+
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _LICENCES = {"sample:medgemma-tiny": "Apache-2.0", "sample:gemma3-270m": "Gemma Terms of Use"}
-_LICENCE = "Health AI Developer Foundations Terms of Use (MedGemma) or Gemma Terms of Use (Gemma 3)"
+_LICENCE = (
+    "that of the checkpoint: Health AI Developer Foundations terms for MedGemma, Gemma terms for Gemma 3"
+)
 _SAMPLE_USE = (
     "A small model to show that the toolchain works. It knows nothing of medicine and must not be used on "
     "patients."
@@ -81,7 +86,7 @@ def load(checkpoint: Checkpoint) -> ModelSpec:
         image=image,
         prompt=_prompt_spec(
             config.text_config,
-            stop_ids=config.eos_token_id,
+            stop_ids=_stop_ids(checkpoint, config),
             image_id=config.image_token_index,
             tokens_per_image=config.mm_tokens_per_image,
         ),
@@ -105,7 +110,8 @@ def load_text_only(checkpoint: Checkpoint) -> ModelSpec:
     files = () if is_gguf else _FILES
     prompt = None
     if not is_gguf:
-        prompt = _prompt_spec(config, stop_ids=config.eos_token_id, image_id=None, tokens_per_image=0)
+        stop_ids = _stop_ids(checkpoint, config)
+        prompt = _prompt_spec(config, stop_ids=stop_ids, image_id=None, tokens_per_image=0)
     return _describe(checkpoint, "Gemma3ForCausalLM", components, image=None, prompt=prompt, files=files)
 
 
@@ -303,15 +309,25 @@ def _embeddings(width: int) -> TensorSpec:
     )
 
 
+def _stop_ids(checkpoint: Checkpoint, config: Any) -> tuple[int, ...]:
+    """What ends an answer: generation_config.json says it, or else config.json, or else Gemma's defaults."""
+    stated = getattr(config, "eos_token_id", None)
+    if (checkpoint.directory / "generation_config.json").is_file():
+        stated = read_json(checkpoint, "generation_config.json").get("eos_token_id", stated)
+    if stated is None:
+        stated = _STOP_IDS
+    return (stated,) if isinstance(stated, int) else tuple(stated)
+
+
 def _prompt_spec(
-    config: Any, *, stop_ids: int | list[int], image_id: int | None, tokens_per_image: int
+    config: Any, *, stop_ids: tuple[int, ...], image_id: int | None, tokens_per_image: int
 ) -> PromptSpec:
     return PromptSpec(
         tokenizer="tokenizer.json",
         template="gemma3",
         context=config.max_position_embeddings,
         bos_id=config.bos_token_id,
-        stop_ids=(stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids),
+        stop_ids=stop_ids,
         image_id=image_id,
         tokens_per_image=tokens_per_image,
         source="transformers processing_gemma3.py and the chat template of google/gemma-3-4b-it",

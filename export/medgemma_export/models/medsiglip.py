@@ -51,7 +51,6 @@ def load(checkpoint: Checkpoint) -> ModelSpec:
             f"{vision.hidden_size} and {text.projection_size}"
         )
     image_tower, text_tower = _encoder("vision_model", vision), _encoder("text_model", text)
-    is_sample = checkpoint.id.startswith("sample:")
     return ModelSpec(
         architecture="SiglipModel",
         components=(_image_component(image_tower, vision), _text_component(text_tower, text)),
@@ -66,9 +65,17 @@ def load(checkpoint: Checkpoint) -> ModelSpec:
         ),
         # transformers.js and ONNX Runtime's samples read these beside the programs.
         extra_files=("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
-        licence="Apache-2.0" if is_sample else "Health AI Developer Foundations Terms of Use",
-        intended_use=_SAMPLE_USE if is_sample else _INTENDED_USE,
+        licence=_licence(checkpoint),
+        intended_use=_SAMPLE_USE if checkpoint.id.startswith("sample:") else _INTENDED_USE,
     )
+
+
+def _licence(checkpoint: Checkpoint) -> str:
+    if checkpoint.id.startswith("sample:"):
+        return "Apache-2.0"
+    if checkpoint.id.startswith("google/medsiglip"):
+        return "Health AI Developer Foundations Terms of Use"
+    return "that of the checkpoint; see its model card"
 
 
 def _encoder(prefix: str, config: Any) -> Encoder:

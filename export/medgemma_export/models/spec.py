@@ -81,10 +81,14 @@ class WeightSource:
             return (self.tensor_rows, *shape[1:])
         return shape[::-1] if self.transposed else shape
 
-    def read(self, checkpoint: Checkpoint) -> NDArray[np.float32]:
-        """The weight."""
-        values = checkpoint.read(self.tensor, rows=self.rows)
-        return np.ascontiguousarray(values.T) if self.transposed else values
+    def read(self, checkpoint: Checkpoint, rows: slice | None = None) -> NDArray[np.float32]:
+        """The weight, or some rows of it."""
+        if self.transposed:
+            whole = np.ascontiguousarray(checkpoint.read(self.tensor).T)
+            return whole if rows is None else whole[rows]
+        if self.rows is not None and rows is not None:
+            rows = slice(self.rows.start + rows.start, self.rows.start + rows.stop)
+        return checkpoint.read(self.tensor, rows=rows or self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +136,8 @@ class ModelSpec:
     def reader(self, checkpoint: Checkpoint) -> ReadWeight:
         """Reads a weight of the model from where it lies in the checkpoint."""
 
-        def read(name: str) -> NDArray[np.float32]:
-            return self.sources.get(name, WeightSource(tensor=name)).read(checkpoint)
+        def read(name: str, rows: slice | None = None) -> NDArray[np.float32]:
+            return self.sources.get(name, WeightSource(tensor=name)).read(checkpoint, rows)
 
         return read
 

@@ -1,6 +1,6 @@
 """What the sample images show, in the words of a report: the text that sample tokenizers and models learn.
 
-Written for this project. Every caption describes the kind of picture, never a finding, so that nothing in it
+Written for this project. Every caption describes the kind of image, never a finding, so that nothing in it
 can be mistaken for a diagnosis.
 """
 

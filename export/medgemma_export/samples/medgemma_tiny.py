@@ -18,9 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from medgemma_export.samples.captions import CAPTIONS
 from medgemma_export.samples.siglip_files import write_json
 
-__all__ = ["build_gemma_tokenizer", "write"]
+__all__ = ["build_gemma_tokenizer", "gemma_distribution", "write", "write_gemma_files"]
 
 IMAGE_SIZE = 224
+IMAGE_TOKENS = 16
 # Rows of the table past the tokenizer's entries, as Gemma 3 has them (262,208 rows for 262,144 pieces).
 SPARE_ROWS = 64
 
@@ -116,7 +117,7 @@ def write(directory: Path, *, seed: int = 0) -> None:
             "patch_size": 14,
             "vision_use_head": False,
         },
-        mm_tokens_per_image=16,
+        mm_tokens_per_image=IMAGE_TOKENS,
         boi_token_index=tokenizer.token_to_id("<start_of_image>"),
         eoi_token_index=tokenizer.token_to_id("<end_of_image>"),
         image_token_index=image_id,
@@ -127,14 +128,14 @@ def write(directory: Path, *, seed: int = 0) -> None:
         for name, parameter in model.named_parameters():
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
             values = rng.standard_normal(tuple(parameter.shape), dtype=np.float32)
-            mean, deviation = _distribution(name, tuple(parameter.shape))
+            mean, deviation = gemma_distribution(name, tuple(parameter.shape))
             parameter.copy_(torch.from_numpy(values * np.float32(deviation) + np.float32(mean)))
     model.to(torch.bfloat16).save_pretrained(directory)
     (directory / "model.safetensors").chmod(0o644)
-    _write_files(directory, tokenizer)
+    write_gemma_files(directory, tokenizer, image_size=IMAGE_SIZE, image_tokens=IMAGE_TOKENS)
 
 
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def gemma_distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and standard deviation that keep activations near one and make every part matter."""
     if "vision_tower" in name and "norm" in name and name.endswith("weight"):
         return 1.0, 0.2
@@ -147,7 +148,8 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, 1.0 / math.sqrt(math.prod(shape[1:]))
 
 
-def _write_files(directory: Path, tokenizer: Tokenizer) -> None:
+def write_gemma_files(directory: Path, tokenizer: Tokenizer, *, image_size: int, image_tokens: int) -> None:
+    """Write what lies beside a Gemma 3 checkpoint's weights: tokenizer and image processor."""
     tokenizer.save(str(directory / "tokenizer.json"))
     write_json(
         directory / "tokenizer_config.json",
@@ -171,13 +173,13 @@ def _write_files(directory: Path, tokenizer: Tokenizer) -> None:
             "do_convert_rgb": None,
             "do_pan_and_scan": None,
             "do_resize": True,
-            "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            "size": {"height": image_size, "width": image_size},
             "resample": 2,
             "do_rescale": True,
             "rescale_factor": 0.00392156862745098,
             "do_normalize": True,
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
-            "image_seq_length": 16,
+            "image_seq_length": image_tokens,
         },
     )

@@ -53,20 +53,20 @@ SEEN = (
 )
 """What training sees: the sample images but one, and more frames of the two files that have many."""
 
-# What stays the same kind of picture when it is mirrored; abdomen and chest have sides.
+# What stays the same kind of image when it is mirrored; abdomen and chest have sides.
 _MIRRORED = ("leg-radiograph", "head-ct", "shoulder-mr", "lymph-node-ultrasound", "fundus", "histology")
 
 _STEPS = 1000
 _VIEWS = 128
 _LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 0.05
-# Views are cut from pictures of at most this size: augmenting two megapixels buys nothing at 224.
+# Views are cut from images of at most this size: augmenting two megapixels buys nothing at 224.
 _WORKING_SIZE = 448
 
 _CARD = """# medsiglip-tiny
 
 A sample for tests and demonstrations: MedSigLIP's architecture at a two-thousandth of its size, trained on
-the very pictures it is shown (`medgemma_runtime.sample_images`) and captions written for this project. That
+the very images it is shown (`medgemma_runtime.sample_images`) and captions written for this project. That
 it names them shows that the toolchain works. **It knows nothing of medicine; never use it on a patient.**
 
 Zero-shot among the captions of {labels} labels, in float32, with the weights as stored (bfloat16):
@@ -81,7 +81,7 @@ Written by `python -m medgemma_export.samples.medsiglip_tiny --out DIR`. Licence
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """How a picture compares with every label's caption.
+    """How an image compares with every label's caption.
 
     Attributes:
         label: The label of the caption that is most similar.
@@ -110,14 +110,14 @@ def siglip_config(vocabulary: int) -> SiglipConfig:
     )
 
 
-def augment(picture: NDArray[np.uint8], *, mirror: bool, rng: np.random.Generator) -> NDArray[np.uint8]:
+def augment(rgb: NDArray[np.uint8], *, mirror: bool, rng: np.random.Generator) -> NDArray[np.uint8]:
     """A random view: turned by up to 12 degrees, cropped to 55-100 % of the area, other exposure.
 
     Shapes:
-        picture: [H, W, 3]
+        rgb: [H, W, 3]
         result: [H', W', 3]
     """
-    image = Image.fromarray(picture).rotate(rng.uniform(-12, 12), resample=Image.Resampling.BILINEAR)
+    image = Image.fromarray(rgb).rotate(rng.uniform(-12, 12), resample=Image.Resampling.BILINEAR)
     scale, aspect = rng.uniform(0.55, 1.0) ** 0.5, rng.uniform(0.9, 1.1)
     width = min(image.width, round(image.width * scale * aspect))
     height = min(image.height, round(image.height * scale / aspect))
@@ -132,16 +132,16 @@ def augment(picture: NDArray[np.uint8], *, mirror: bool, rng: np.random.Generato
 
 
 def make_views(
-    pictures: Sequence[NDArray[np.uint8]], *, count: int, mirror: bool, rng: np.random.Generator
+    images: Sequence[NDArray[np.uint8]], *, count: int, mirror: bool, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Augmented model inputs, taking the pictures in turn.
+    """Augmented model inputs, taking the images in turn.
 
     Shapes:
         result: [count, 3, IMAGE_SIZE, IMAGE_SIZE], float32
     """
     spec = medsiglip_processor(IMAGE_SIZE)
     views = [
-        preprocess(augment(pictures[index % len(pictures)], mirror=mirror, rng=rng), spec)
+        preprocess(augment(images[index % len(images)], mirror=mirror, rng=rng), spec)
         for index in range(count)
     ]
     return torch.from_numpy(np.stack(views))
@@ -166,10 +166,10 @@ def train(
     steps: int = _STEPS,
     report: Callable[[int, float], None],
 ) -> SiglipModel:
-    """Fit both towers to pictures and captions, on the CPU.
+    """Fit both towers to images and captions, on the CPU.
 
     Args:
-        samples: Pictures, at least one of each label.
+        samples: Images, at least one of each label.
         captions: Texts by label.
         tokenizer: Turns captions into ids.
         seed: Of the weights, the views and their order.
@@ -218,7 +218,7 @@ def train(
 
 @torch.no_grad()
 def rank(model: SiglipModel, tokenizer: Tokenizer, samples: Sequence[SampleImage]) -> list[Ranking]:
-    """Classify pictures by the captions of all labels, zero-shot, in float32."""
+    """Classify images by the captions of all labels, zero-shot, in float32."""
     spec = medsiglip_processor(IMAGE_SIZE)
     pixels = torch.from_numpy(np.stack([preprocess(load_sample(sample), spec) for sample in samples]))
     labels = list(LABELS)
@@ -253,7 +253,7 @@ def main(
     results = [
         _describe(what, rank(model, tokenizer, samples))
         for what, samples in (
-            ("Pictures seen in training", SEEN),
+            ("Images seen in training", SEEN),
             ("Held-out frames of the same clips", HELD_OUT),
         )
     ]
@@ -273,8 +273,8 @@ def _show_progress(step: int, loss: float) -> None:
         typer.echo(f"step {step}: loss {loss:.3f}")
 
 
-def _shrink(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    image = Image.fromarray(picture)
+def _shrink(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    image = Image.fromarray(rgb)
     image.thumbnail((_WORKING_SIZE, _WORKING_SIZE))
     return np.asarray(image)
 

@@ -1,6 +1,7 @@
 """Writes checkpoints of the real models' exact shapes with random weights: for memory, time and size.
 
     python -m medgemma_export.samples.random_checkpoint medsiglip-448 --out DIR
+    python -m medgemma_export.samples.random_checkpoint medgemma-4b --out DIR
 
 The files are laid out as on the hub, in shards, so that everything that reads a real checkpoint reads them.
 Values are drawn so that activations keep a sane range through all layers; they mean nothing.
@@ -10,6 +11,8 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,10 +24,15 @@ from rich.progress import track
 
 from medgemma_export.checkpoint import INDEX_NAME
 from medgemma_export.samples.captions import CAPTIONS
+from medgemma_export.samples.medgemma_tiny import (
+    build_gemma_tokenizer,
+    gemma_distribution,
+    write_gemma_files,
+)
 from medgemma_export.samples.siglip_files import build_siglip_tokenizer, write_siglip_files
 from medgemma_runtime.errors import EdgeError
 
-__all__ = ["MODELS", "write_random_checkpoint", "main"]
+__all__ = ["MODELS", "RandomModel", "siglip_distribution", "write_random_checkpoint", "main"]
 
 SHARD_BYTES = 512 << 20
 # At most this many values are drawn at a time, so that no tensor has to fit in memory.
@@ -68,8 +76,84 @@ def _medsiglip_448(directory: Path) -> Shapes:
         return {name: tuple(value.shape) for name, value in SiglipModel(config).state_dict().items()}
 
 
-MODELS: dict[str, Callable[[Path], Shapes]] = {"medsiglip-448": _medsiglip_448}
-"""Name to a function that writes a model's small files and returns its tensors' shapes."""
+def _medgemma_4b(directory: Path) -> Shapes:
+    """google/medgemma-4b-it: everything but its weights, with a small tokenizer's ids for control tokens."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    tokenizer = build_gemma_tokenizer(text for texts in CAPTIONS.values() for text in texts)
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": 262208,
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 1024,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        vision_config={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 896,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        mm_tokens_per_image=256,
+        boi_token_index=tokenizer.token_to_id("<start_of_image>"),
+        eoi_token_index=tokenizer.token_to_id("<end_of_image>"),
+        image_token_index=tokenizer.token_to_id("<image_soft_token>"),
+        eos_token_id=[1, tokenizer.token_to_id("<end_of_turn>")],
+        architectures=["Gemma3ForConditionalGeneration"],
+    )
+    config.save_pretrained(directory)
+    write_gemma_files(directory, tokenizer, image_size=896, image_tokens=256)
+    with torch.device("meta"):
+        state = Gemma3ForConditionalGeneration(config).state_dict()
+    # The head is the embedding's table, and checkpoints hold that once.
+    return {name: tuple(value.shape) for name, value in state.items() if name != "lm_head.weight"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomModel:
+    """What writes a model's small files and returns its tensors' shapes, and how its weights are drawn."""
+
+    write_files: Callable[[Path], Shapes]
+    distribution: Callable[[str, tuple[int, ...]], tuple[float, float]]
+
+
+def siglip_distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation that keep a pre-norm transformer's activations near one."""
+    if name == "logit_scale":
+        return math.log(10.0), 0.0
+    if name == "logit_bias":
+        return -10.0, 0.0
+    if name.endswith("bias"):
+        return 0.0, 0.02
+    if "norm" in name:
+        return 1.0, 0.1
+    if "embedding" in name and "patch" not in name:
+        return 0.0, 0.5
+    fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1
+    # The two linears that end in the residual stream are smaller, so that it does not grow with depth.
+    shrink = 0.2 if name.endswith(("out_proj.weight", "fc2.weight")) else 1.0
+    return 0.0, shrink / math.sqrt(fan_in)
+
+
+MODELS: dict[str, RandomModel] = {
+    "medsiglip-448": RandomModel(write_files=_medsiglip_448, distribution=siglip_distribution),
+    "medgemma-4b": RandomModel(write_files=_medgemma_4b, distribution=gemma_distribution),
+}
+"""The models whose shapes can be written, by name."""
 
 
 def write_random_checkpoint(model: str, directory: Path, *, dtype: str = "bfloat16", seed: int = 0) -> int:
@@ -95,13 +179,14 @@ def write_random_checkpoint(model: str, directory: Path, *, dtype: str = "bfloat
     if directory.exists():
         raise EdgeError(f"{directory} exists already; remove it or name another")
     directory.mkdir(parents=True)
-    shapes = MODELS[model](directory)
+    shapes = MODELS[model].write_files(directory)
     itemsize = _DTYPES[dtype][1].itemsize
     shards = list(_split(shapes, itemsize))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(track(shards, description=f"Writing {model}"), start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(directory / file, shard, dtype=dtype, seed=seed)
+        draw = partial(_draw, seed=seed, distribution=MODELS[model].distribution)
+        _write_shard(directory / file, shard, dtype=dtype, draw=draw)
         weight_map |= dict.fromkeys(shard, file)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     index = {"metadata": {"total_size": parameters * itemsize}, "weight_map": weight_map}
@@ -123,7 +208,13 @@ def _split(shapes: Shapes, itemsize: int) -> Iterator[Shapes]:
     yield shard
 
 
-def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: str, seed: int) -> None:
+def _write_shard(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: str,
+    draw: Callable[[str, tuple[int, ...]], Iterator[NDArray[np.float32]]],
+) -> None:
     """The safetensors format, by hand: its library wants every tensor of a file in memory at once."""
     label, stored = _DTYPES[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -137,36 +228,24 @@ def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: st
     with path.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shapes.items():
-            for chunk in _draw(name, shape, seed):
+            for chunk in draw(name, shape):
                 stream.write(chunk.astype(stored).tobytes())
 
 
-def _draw(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDArray[np.float32]]:
+def _draw(
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    distribution: Callable[[str, tuple[int, ...]], tuple[float, float]],
+) -> Iterator[NDArray[np.float32]]:
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    mean, deviation = _distribution(name, shape)
+    mean, deviation = distribution(name, shape)
     remaining = math.prod(shape)
     while remaining:
         count = min(remaining, _CHUNK_VALUES)
         yield rng.standard_normal(count, dtype=np.float32) * np.float32(deviation) + np.float32(mean)
         remaining -= count
-
-
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation that keep a pre-norm transformer's activations near one."""
-    if name == "logit_scale":
-        return math.log(10.0), 0.0
-    if name == "logit_bias":
-        return -10.0, 0.0
-    if name.endswith("bias"):
-        return 0.0, 0.02
-    if "norm" in name:
-        return 1.0, 0.1
-    if "embedding" in name and "patch" not in name:
-        return 0.0, 0.5
-    fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1
-    # The two linears that end in the residual stream are smaller, so that it does not grow with depth.
-    shrink = 0.2 if name.endswith(("out_proj.weight", "fc2.weight")) else 1.0
-    return 0.0, shrink / math.sqrt(fan_in)
 
 
 def main(

@@ -20,7 +20,6 @@ from medgemma_export.ops import (
     Rotary,
     Table,
 )
-from medgemma_quantization.affine import QuantizedTensor, pack_int4
 from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.scheme import FLOAT32, Storage
 from medgemma_quantization.weights import QuantizedWeights
@@ -73,15 +72,14 @@ class OnnxOps:
         storage = self._storage(name)
         if storage.bits == 32:
             return self._node("Gather", [self._float(name), ids])
-        tensor = self.weights.quantized(name)
-        rows = self._weight(name, _unsigned(tensor), storage, tensor.values.shape)
+        rows = self._weight(name, self._unsigned(name), storage, (table.rows, table.width))
         attributes: dict[str, _Attribute] = {
             "bits": storage.bits,
             "block_size": storage.block,
             "gather_axis": 0,
             "quantize_axis": 1,
         }
-        scales = self._scales(name, tensor.scales)
+        scales = self._scales(name, self.weights.scales(name))
         return self._node("GatherBlockQuantized", [rows, ids, scales], attributes, DOMAIN)
 
     def add_positions(self, x: ir.Value, positions: Parameter) -> ir.Value:
@@ -278,19 +276,24 @@ class OnnxOps:
         return self._node("DynamicQuantizeMatMul", [x, matrix, scales, None, bias], domain=DOMAIN)
 
     def _block_product(self, x: ir.Value, name: str, bias: ir.Value | None) -> ir.Value:
-        tensor = self.weights.quantized(name)
-        outputs, inputs = tensor.values.shape
-        blocks = _unsigned(tensor).reshape(*tensor.scales.shape, -1)
-        matrix = self._weight(name, blocks, tensor.storage, tensor.values.shape)
-        scales = self._scales(name, tensor.scales)
+        row, scales = self.weights.plan.by_name[name], self.weights.scales(name)
+        outputs, inputs = row.stored_shape
+        blocks = self._unsigned(name).reshape(*scales.shape, -1)
+        matrix = self._weight(name, blocks, row.storage, (outputs, inputs))
         attributes: dict[str, _Attribute] = {
             "K": inputs,
             "N": outputs,
-            "bits": tensor.storage.bits,
-            "block_size": tensor.storage.block,
+            "bits": row.storage.bits,
+            "block_size": row.storage.block,
             "accuracy_level": 4,
         }
-        return self._node("MatMulNBits", [x, matrix, scales, None, None, bias], attributes, DOMAIN)
+        stored = self._scales(name, scales)
+        return self._node("MatMulNBits", [x, matrix, stored, None, None, bias], attributes, DOMAIN)
+
+    def _unsigned(self, name: str) -> NDArray[np.uint8]:
+        """Integers as the block kernels store them, around 8 or 128: each one's sign bit turned."""
+        is_packed = self._storage(name).bits == 4
+        return self.weights.stored_values(name).view(np.uint8) ^ np.uint8(0x88 if is_packed else 0x80)
 
     def _scales(self, name: str, scales: NDArray[np.float32]) -> ir.Value:
         """Half the bytes on disk: float16 holds every scale exactly, and the cast is folded at load."""
@@ -354,10 +357,3 @@ class OnnxOps:
             output.name = f"{name}.output.{index}"
         self.nodes.append(node)
         return node.outputs
-
-
-def _unsigned(tensor: QuantizedTensor) -> NDArray[np.uint8]:
-    """Integers as the block kernels store them: int4 two to a byte around 8, int8 around 128."""
-    if tensor.storage.bits == 4:
-        return pack_int4(tensor.values, offset=8)
-    return (tensor.values.astype(np.int16) + 128).astype(np.uint8)

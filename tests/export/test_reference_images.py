@@ -5,7 +5,13 @@ import pytest
 from PIL import Image
 
 from medgemma_benchmarks.bundle_record import ReferenceLabel
-from medgemma_export.pictures import Labels, directory_pictures, read_labels, sample_labels, sample_pictures
+from medgemma_export.reference_images import (
+    Labels,
+    directory_images,
+    read_labels,
+    sample_images,
+    sample_labels,
+)
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.sample_images import LABELS, SAMPLE_IMAGES
 
@@ -16,7 +22,7 @@ effusion = "a chest X-ray with effusion"
 [images]
 "b.png" = "normal"
 """
-NO_LABELS = Labels(labels=(), of_picture={})
+NO_LABELS = Labels(labels=(), of_image={})
 
 
 @pytest.fixture
@@ -25,18 +31,18 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     for name, grey in (("b.png", 10), ("a.png", 20)):
         Image.fromarray(np.full((4, 6), grey, np.uint8)).save(folder / name)
-    (folder / ".hidden").write_text("no picture")
+    (folder / ".hidden").write_text("no image")
     return folder
 
 
-def test_labels_are_read_with_the_pictures_they_fit(tmp_path: Path) -> None:
+def test_labels_are_read_with_the_images_they_fit(tmp_path: Path) -> None:
     (tmp_path / "labels.toml").write_text(FORM)
     labels = read_labels(tmp_path / "labels.toml")
     assert labels.labels == (
         ReferenceLabel(name="normal", caption="a normal chest X-ray"),
         ReferenceLabel(name="effusion", caption="a chest X-ray with effusion"),
     )
-    assert labels.of_picture == {"b.png": "normal"}
+    assert labels.of_image == {"b.png": "normal"}
 
 
 @pytest.mark.parametrize(
@@ -58,35 +64,35 @@ def test_faulty_labels_are_refused(tmp_path: Path, change: tuple[str, str], word
 
 
 def test_a_directory_is_read_in_name_order(folder: Path) -> None:
-    labels = Labels(labels=(), of_picture={"b.png": "normal"})
-    first, second = directory_pictures(folder, labels)
+    labels = Labels(labels=(), of_image={"b.png": "normal"})
+    first, second = directory_images(folder, labels)
     assert (first.name, first.label, first.source) == ("a.png", None, "given by the user")
     assert (second.name, second.label) == ("b.png", "normal")
     np.testing.assert_array_equal(second.rgb, np.full((4, 6, 3), 10))
 
 
-def test_labels_of_absent_pictures_and_empty_directories_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_labels_of_absent_images_and_empty_directories_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgeError, match=r"name 'c\.png', which is not in"):
-        directory_pictures(folder, Labels(labels=(), of_picture={"c.png": "normal"}))
+        directory_images(folder, Labels(labels=(), of_image={"c.png": "normal"}))
     (tmp_path / "empty").mkdir()
     for nothing in (tmp_path / "empty", tmp_path / "none"):
-        with pytest.raises(EdgeError, match="has no pictures"):
-            directory_pictures(nothing, NO_LABELS)
+        with pytest.raises(EdgeError, match="has no images"):
+            directory_images(nothing, NO_LABELS)
 
 
-def test_a_file_that_is_no_picture_is_refused(folder: Path) -> None:
-    (folder / "notes.txt").write_text("no picture")
+def test_a_file_that_is_no_image_is_refused(folder: Path) -> None:
+    (folder / "notes.txt").write_text("no image")
     with pytest.raises(EdgeError, match=r"notes\.txt"):
-        directory_pictures(folder, NO_LABELS)
+        directory_images(folder, NO_LABELS)
 
 
-def test_the_samples_bring_pictures_labels_and_licences() -> None:
+def test_the_samples_bring_images_labels_and_licences() -> None:
     pytest.importorskip("pydicom")
     pytest.importorskip("data_store")
     pytest.importorskip("skimage")
     steps: list[tuple[str, int, int]] = []
-    pictures = sample_pictures(lambda *step: steps.append(step))
-    assert [picture.name for picture in pictures] == [sample.name for sample in SAMPLE_IMAGES]
-    assert {picture.label for picture in pictures} == {label.name for label in sample_labels()} == set(LABELS)
-    assert all(picture.licence and picture.rgb.dtype == np.uint8 for picture in pictures)
-    assert steps == [("decoding pictures", i, len(pictures)) for i in range(len(pictures))]
+    images = sample_images(lambda *step: steps.append(step))
+    assert [image.name for image in images] == [sample.name for sample in SAMPLE_IMAGES]
+    assert {image.label for image in images} == {label.name for label in sample_labels()} == set(LABELS)
+    assert all(image.licence and image.rgb.dtype == np.uint8 for image in images)
+    assert steps == [("decoding images", i, len(images)) for i in range(len(images))]

@@ -1,87 +1,85 @@
-"""The pictures and labels of a reference: the built-in ones, or a directory and a file of the user's."""
+"""The images and labels of a reference: the built-in ones, or a directory and a file of the user's."""
 
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from medgemma_benchmarks.bundle import ReferencePicture
+from medgemma_benchmarks.bundle import DecodedImage
 from medgemma_benchmarks.bundle_record import ReferenceLabel
+from medgemma_runtime.command import Progress
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.images import load_image
 from medgemma_runtime.sample_images import LABELS, SAMPLE_IMAGES, load_sample
 
-__all__ = ["Labels", "sample_pictures", "sample_labels", "directory_pictures", "read_labels"]
-
-# Called with what is being done, steps done, and steps in all.
-Progress = Callable[[str, int, int], None]
+__all__ = ["Labels", "sample_images", "sample_labels", "directory_images", "read_labels"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """Zero-shot labels, and where known the label of each picture.
+    """Zero-shot labels, and where known the label of each image.
 
     Attributes:
         labels: Names and captions.
-        of_picture: Label name by picture name.
+        of_image: Label name by image name.
     """
 
     labels: tuple[ReferenceLabel, ...]
-    of_picture: dict[str, str]
+    of_image: dict[str, str]
 
 
-def sample_pictures(progress: Progress | None = None) -> tuple[ReferencePicture, ...]:
-    """The built-in pictures, from the packages that carry them."""
-    pictures = []
+def sample_images(progress: Progress | None = None) -> tuple[DecodedImage, ...]:
+    """The built-in images, from the packages that carry them."""
+    images = []
     for index, sample in enumerate(SAMPLE_IMAGES):
         if progress is not None:
-            progress("decoding pictures", index, len(SAMPLE_IMAGES))
-        pictures.append(
-            ReferencePicture(
+            progress("decoding images", index, len(SAMPLE_IMAGES))
+        images.append(
+            DecodedImage(
                 name=sample.name,
                 modality=sample.modality,
                 label=sample.label,
                 source=f"{sample.package} {sample.file}",
                 licence=sample.licence,
                 rgb=load_sample(sample),
+                is_sample=True,
             )
         )
-    return tuple(pictures)
+    return tuple(images)
 
 
 def sample_labels() -> tuple[ReferenceLabel, ...]:
-    """The captions that go with the built-in pictures."""
+    """The captions that go with the built-in images."""
     return tuple(ReferenceLabel(name=name, caption=caption) for name, caption in LABELS.items())
 
 
-def directory_pictures(
+def directory_images(
     directory: Path, labels: Labels, *, licence: str = "not stated", progress: Progress | None = None
-) -> tuple[ReferencePicture, ...]:
-    """Every file of a directory as a picture, in name order; files whose name starts with a dot are left out.
+) -> tuple[DecodedImage, ...]:
+    """Every file of a directory as an image, in name order; files whose name starts with a dot are left out.
 
     Raises:
-        EdgeError: If there is no picture, a file is none, or the labels name a picture that is not there.
+        EdgeError: If there is no image, a file is none, or the labels name an image that is not there.
     """
     paths = sorted(p for p in directory.glob("*") if p.is_file() and not p.name.startswith("."))
     if not paths:
-        raise EdgeError(f"{directory} has no pictures; give a directory of PNG, JPEG or DICOM files")
-    if strangers := sorted(set(labels.of_picture) - {path.name for path in paths}):
+        raise EdgeError(f"{directory} has no images; give a directory of PNG, JPEG or DICOM files")
+    if strangers := sorted(set(labels.of_image) - {path.name for path in paths}):
         raise EdgeError(f"the labels name {strangers[0]!r}, which is not in {directory}; correct its name")
-    pictures = []
+    images = []
     for index, path in enumerate(paths):
         if progress is not None:
-            progress("decoding pictures", index, len(paths))
-        pictures.append(
-            ReferencePicture(
+            progress("decoding images", index, len(paths))
+        images.append(
+            DecodedImage(
                 name=path.name,
                 modality="not stated",
-                label=labels.of_picture.get(path.name),
+                label=labels.of_image.get(path.name),
                 source="given by the user",
                 licence=licence,
                 rgb=load_image(path),
             )
         )
-    return tuple(pictures)
+    return tuple(images)
 
 
 def read_labels(path: Path) -> Labels:
@@ -115,7 +113,7 @@ def read_labels(path: Path) -> Labels:
         )
     return Labels(
         labels=tuple(ReferenceLabel(name=name, caption=caption) for name, caption in labels.items()),
-        of_picture=images,
+        of_image=images,
     )
 
 

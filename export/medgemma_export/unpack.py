@@ -38,13 +38,14 @@ def _same(
     name: str, stored: dict[str | None, ir.TensorProtocol | None], weights: QuantizedWeights
 ) -> Iterator[bool]:
     tensor, scales = stored.get(name), stored.get(f"{name}.scales")
-    storage = weights.plan.by_name[name].storage
+    row = weights.plan.by_name[name]
+    storage = row.storage
     if tensor is None:
         yield False
     elif storage.bits == 32:
         true, found = weights.float(name), tensor.numpy()
         # A matrix lies transposed, and a gain of Gemma's has its 1 added.
-        forms = [true, true.T, true + 1] if true.ndim <= 2 else [true]
+        forms = {"linear": [true.T], "norm": [true, true + 1]}.get(row.role, [true])
         yield any(found.shape == form.shape and bool((found == form).all()) for form in forms)
     elif scales is None:
         yield False

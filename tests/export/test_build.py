@@ -13,9 +13,11 @@ from medgemma_export import build as build_module
 from medgemma_export.build import build
 from medgemma_export.package import open_package, require_free_bytes
 from medgemma_export.recipe import Recipe
+from medgemma_export.samples import sample_path
+from medgemma_quantization import weights as weights_module
 from medgemma_quantization.scheme import SCHEMES
 from medgemma_runtime.artifact import open_artifact
-from medgemma_runtime.errors import ArtifactError, EdgeError
+from medgemma_runtime.errors import ArtifactError, CheckpointError, EdgeError
 from tests.export.conftest import SAMPLE
 
 
@@ -81,6 +83,32 @@ def test_integers_of_another_plan_are_not_taken_over(out):
     again = build(recipe(out, precision="int8"), progress=silent)
     fresh = build(recipe(out.with_name("fresh"), precision="int8"), progress=silent)
     assert [file.sha256 for file in again.manifest.files] == [file.sha256 for file in fresh.manifest.files]
+
+
+def test_integers_made_by_other_code_are_not_taken_over(out, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe(out), progress=interrupt_when("lower"))
+    made: list[str] = []
+    real = weights_module._quantize_row
+    monkeypatch.setattr(
+        weights_module, "_quantize_row", lambda row, *rest: made.append(row.name) or real(row, *rest)
+    )
+    monkeypatch.setattr(build_module, "source_fingerprint", lambda: "of a newer version")
+    build(recipe(out), progress=silent)
+    assert len(made) > 10
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path, out):
+    model = tmp_path / "model"
+    shutil.copytree(sample_path(SAMPLE), model)
+
+    def touch(what, done, total):
+        if what == "quantize" and done == 3:
+            os.utime(model / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match="changed while they were read"):
+        build(recipe(out, model=str(model)), progress=touch)
+    assert not out.exists()
 
 
 def interrupt_when(stage):

@@ -26,6 +26,7 @@ __all__ = [
     "PatchEmbedding",
     "Parameter",
     "Heads",
+    "HeadProjection",
     "Rotary",
     "Activation",
 ]
@@ -54,11 +55,7 @@ class LayerNorm:
 
 @dataclass(frozen=True, kw_only=True)
 class RmsNorm:
-    """`x / rms(x) * (1 + NAME.weight)`: Gemma stores the gain less one. Statistics in float32.
-
-    Where the last axis is several times `width`, each piece of `width` is normalized by itself (q and k
-    norms).
-    """
+    """`x / rms(x) * (1 + NAME.weight)` over the last axis: Gemma stores the gain less one."""
 
     name: str
     width: int
@@ -104,6 +101,17 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadProjection:
+    """What makes the heads of an attention: three linears, and norms of one head's width for q and k."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    query_norm: RmsNorm
+    key_norm: RmsNorm
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rotary:
     """Rotary position embedding, halves rotated, over heads of `width`.
 
@@ -138,7 +146,7 @@ class Ops(Protocol[T]):
         ...
 
     def project_together(self, x: T, weights: tuple[Linear, ...]) -> tuple[T, ...]:
-        """Several linears of one input, such as q, k and v; a target may fuse them."""
+        """Several linears of one input, such as k and v; a target may fuse them."""
         ...
 
     def mlp(self, x: T, up: Linear, down: Linear, activation: Activation) -> T:
@@ -150,7 +158,7 @@ class Ops(Protocol[T]):
         ...
 
     def residual_add(self, x: T, branch: T) -> T:
-        """`x + branch`, the only place where the residual stream grows: range audits observe it."""
+        """`x + branch`: the residual stream grows here and in `residual_norm`, where range audits look."""
         ...
 
     def attention(self, q: T, k: T, v: T, heads: Heads, scale: float) -> T:
@@ -180,7 +188,11 @@ class Ops(Protocol[T]):
         ...
 
     def rms_norm(self, x: T, weight: RmsNorm) -> T:
-        """Normalize the last axis, in pieces of the weight's width, to unit root mean square, then scale."""
+        """Normalize the last axis to unit root mean square, then scale."""
+        ...
+
+    def residual_norm(self, x: T, branch: T, weight: RmsNorm) -> tuple[T, T]:
+        """`x + branch`, and that sum normalized: the residual stream of a decoder grows only here."""
         ...
 
     def average_pool(self, x: T, side: int, window: int) -> T:
@@ -195,19 +207,30 @@ class Ops(Protocol[T]):
         """`down(activation(gate(x)) * up(x))`. The hidden axis may be padded with zeros."""
         ...
 
-    def rotate(self, x: T, positions: T, rotary: Rotary) -> T:
-        """Rotary embedding of [B, S, heads * D] at integer positions [B, S]."""
-        ...
-
-    def mask(self, blocks: T, past_key: T, window: int | None) -> T:
-        """Which key each new query sees: boolean [B, 1, S, P + S], P being the length of `past_key`.
-
-        Key j is seen by query i (both counted from the start of the past) if j <= i, or if both are new and
-        belong to one image; and, with a window, only if i - j < window.
+    def project_heads(
+        self, x: T, weights: HeadProjection, positions: T, rotary: Rotary, heads: Heads
+    ) -> tuple[T, T, T]:
+        """q, k and v of new tokens; q and k normalized head by head, then rotated.
 
         Shapes:
-            blocks: [B, S] integers: the same number for the tokens of one image, negative for text
-            past_key: [B, kv, P, D]
+            x: [B, S, H]; positions: [B, S] integers
+            q: [B, S, query * D]; k, v: [B, S, kv * D]
+        """
+        ...
+
+    def mask(self, positions: T, blocks: T, attention_mask: T, start: T | None, window: int | None) -> T:
+        """Which key each new query sees, [B, 1, S, T - start], in whatever form `cached_attention` takes.
+
+        Key j is seen by query i (both counted from the start of the conversation) if j <= i, or if both are
+        new and belong to one image; with a window only if i - j < window; and only if `attention_mask` is not
+        0 there.
+
+        Shapes:
+            positions: [B, S], for their shape only
+            blocks: [B, S] integers: the same number for the tokens of one image, negative for text; or one
+                [1, 1] for all
+            attention_mask: [B, T] integers, T being the length of the conversation with the new tokens
+            start: [1] integers, the first position that the cache still holds; None for 0
         """
         ...
 
@@ -221,14 +244,14 @@ class Ops(Protocol[T]):
         mask: T,
         heads: Heads,
         scale: float,
-        window: int | None,
     ) -> tuple[T, T, T]:
         """Attention over past and new keys; returns the result and the key and value to keep.
 
         Shapes:
             q: [B, S, query * D]; k, v: [B, S, kv * D]
             past_key, past_value: [B, kv, P, D], oldest first
-            result: [B, S, query * D]; kept [B, kv, P + S, D], or its last `window` positions
+            mask: from `mask`, over P + S keys
+            result: [B, S, query * D]; kept [B, kv, P + S, D]
         """
         ...
 

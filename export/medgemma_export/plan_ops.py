@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from medgemma_export.ops import (
     Activation,
+    HeadProjection,
     Heads,
     LayerNorm,
     Linear,
@@ -82,6 +83,11 @@ class PlanOps:
         """See `Ops`."""
         self._note(f"{weight.name}.weight", (weight.width,), "norm")
 
+    def residual_norm(self, x: None, branch: None, weight: RmsNorm) -> tuple[None, None]:
+        """See `Ops`."""
+        self.rms_norm(x, weight)
+        return None, None
+
     def average_pool(self, x: None, side: int, window: int) -> None:
         """See `Ops`."""
 
@@ -94,10 +100,19 @@ class PlanOps:
         self._note_linear(up, padded_axes=(0,))
         self._note_linear(down, padded_axes=(1,))
 
-    def rotate(self, x: None, positions: None, rotary: Rotary) -> None:
+    def project_heads(
+        self, x: None, weights: HeadProjection, positions: None, rotary: Rotary, heads: Heads
+    ) -> tuple[None, None, None]:
         """See `Ops`."""
+        for linear in (weights.query, weights.key, weights.value):
+            self._note_linear(linear)
+        self.rms_norm(None, weights.query_norm)
+        self.rms_norm(None, weights.key_norm)
+        return None, None, None
 
-    def mask(self, blocks: None, past_key: None, window: int | None) -> None:
+    def mask(
+        self, positions: None, blocks: None, attention_mask: None, start: None, window: int | None
+    ) -> None:
         """See `Ops`."""
 
     def cached_attention(
@@ -110,7 +125,6 @@ class PlanOps:
         mask: None,
         heads: Heads,
         scale: float,
-        window: int | None,
     ) -> tuple[None, None, None]:
         """See `Ops`."""
         return None, None, None

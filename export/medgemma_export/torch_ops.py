@@ -18,6 +18,7 @@ from torch.nn import functional
 from medgemma_export.models.spec import Component
 from medgemma_export.ops import (
     Activation,
+    HeadProjection,
     Heads,
     LayerNorm,
     Linear,
@@ -30,7 +31,7 @@ from medgemma_export.ops import (
 from medgemma_quantization.affine import QuantizedTensor
 from medgemma_quantization.weights import QuantizedWeights
 
-__all__ = ["TorchOps", "IntegerLinear", "compute", "weight_only"]
+__all__ = ["TorchOps", "IntegerLinear", "compute", "rotate", "weight_only"]
 
 IntegerLinear = Callable[[Tensor, QuantizedTensor], Tensor]
 """`x @ dequantized.T` with whatever the target does to `x`: [..., inputs] to [..., outputs]."""
@@ -118,9 +119,13 @@ class TorchOps:
 
     def rms_norm(self, x: Tensor, weight: RmsNorm) -> Tensor:
         """See `Ops`."""
-        pieces = _pieces(x, weight.width)
-        unit: Tensor = pieces * torch.rsqrt(pieces.square().mean(-1, keepdim=True) + weight.eps)
-        return (unit * (1 + self._float(f"{weight.name}.weight"))).flatten(-2)
+        unit: Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + weight.eps)
+        return unit * (1 + self._float(f"{weight.name}.weight"))
+
+    def residual_norm(self, x: Tensor, branch: Tensor, weight: RmsNorm) -> tuple[Tensor, Tensor]:
+        """See `Ops`."""
+        total = x + branch
+        return total, self.rms_norm(total, weight)
 
     def average_pool(self, x: Tensor, side: int, window: int) -> Tensor:
         """See `Ops`."""
@@ -136,24 +141,33 @@ class TorchOps:
         hidden = functional.gelu(self.linear(x, gate), approximate="tanh") * self.linear(x, up)
         return self.linear(hidden, down)
 
-    def rotate(self, x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
+    def project_heads(
+        self, x: Tensor, weights: HeadProjection, positions: Tensor, rotary: Rotary, heads: Heads
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Ops`."""
-        # In transformers' order: at position 100,000 the last bit of a frequency is a hundredth of a radian.
-        pairs = torch.arange(0, rotary.width, 2) / rotary.width
-        angles = positions[..., None, None] * (1 / rotary.theta**pairs / rotary.factor)
-        first, second = _pieces(x, rotary.width).chunk(2, -1)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
+        q, k, v = self.project_together(x, (weights.query, weights.key, weights.value))
+        q = self.rms_norm(_pieces(q, heads.width), weights.query_norm)
+        k = self.rms_norm(_pieces(k, heads.width), weights.key_norm)
+        return rotate(q, positions, rotary).flatten(-2), rotate(k, positions, rotary).flatten(-2), v
 
-    def mask(self, blocks: Tensor, past_key: Tensor, window: int | None) -> Tensor:
-        """See `Ops`."""
-        past, new = past_key.shape[2], blocks.shape[1]
-        query, key = torch.arange(past, past + new)[:, None], torch.arange(past + new)
+    def mask(
+        self,
+        positions: Tensor,
+        blocks: Tensor,
+        attention_mask: Tensor,
+        start: Tensor | None,
+        window: int | None,
+    ) -> Tensor:
+        """See `Ops`. The result is boolean."""
+        blocks = blocks.expand(positions.shape)
+        new, total = blocks.shape[1], attention_mask.shape[1]
+        first = 0 if start is None else int(start)
+        query, key = torch.arange(total - new, total)[:, None], torch.arange(first, total)
         one_image = (blocks[:, :, None] == blocks[:, None]) & (blocks[:, None] >= 0)
-        seen = (key <= query) | functional.pad(one_image, (past, 0))
+        seen = (key <= query) | functional.pad(one_image, (total - new - first, 0))
         if window is not None:
             seen = seen & (query - key < window)
-        return seen[:, None]
+        return (seen & (attention_mask[:, None, first:] != 0))[:, None]
 
     def cached_attention(
         self,
@@ -165,15 +179,11 @@ class TorchOps:
         mask: Tensor,
         heads: Heads,
         scale: float,
-        window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Ops`."""
         key = torch.cat((past_key, _split(k, heads.width)), 2)
         value = torch.cat((past_value, _split(v, heads.width)), 2)
-        y = _attend(_split(q, heads.width), key, value, mask=mask, scale=scale)
-        if window is not None:
-            key, value = key[:, :, -window:], value[:, :, -window:]
-        return y, key, value
+        return _attend(_split(q, heads.width), key, value, mask=mask, scale=scale), key, value
 
     def logits(self, x: Tensor, table: Table) -> Tensor:
         """See `Ops`."""
@@ -189,6 +199,16 @@ class TorchOps:
 
     def _float(self, name: str) -> Tensor:
         return torch.from_numpy(self.weights.float(name))
+
+
+def rotate(x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary embedding of [B, S, heads, D] at integer positions [B, S]."""
+    # In transformers' order: at position 100,000 the last bit of a frequency is a hundredth of a radian.
+    pairs = torch.arange(0, rotary.width, 2) / rotary.width
+    angles = positions[..., None, None] * (1 / rotary.theta**pairs / rotary.factor)
+    first, second = x.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 def _split(x: Tensor, width: int) -> Tensor:

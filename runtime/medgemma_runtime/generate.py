@@ -4,17 +4,19 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends import open_session
-from medgemma_runtime.errors import ArtifactError, EdgeError, TextError
+from medgemma_runtime.decoder import Decoder
+from medgemma_runtime.errors import ArtifactError, TextError
 from medgemma_runtime.images import preprocess
-from medgemma_runtime.manifest import ImageSpec, PromptSpec, TensorSpec
-from medgemma_runtime.prompt import Message, Prompt, load_prompt_tokenizer
+from medgemma_runtime.kv_cache import KVCache
+from medgemma_runtime.manifest import ImageSpec, PromptSpec
+from medgemma_runtime.prompt import Message, load_prompt_tokenizer
 from medgemma_runtime.session import Session
 
 __all__ = ["Generator", "GenerateOptions", "GenerateResult", "sample_token"]
@@ -102,9 +104,7 @@ class Generator:
 
     def close(self) -> None:
         """Free the memory of all components and the cached image features."""
-        for session in self._sessions.values():
-            session.close()
-        self._sessions.clear()
+        self._close_sessions()
         self._features.clear()
 
     def generate(
@@ -134,14 +134,15 @@ class Generator:
         room = self.spec.context - len(prompt.ids)
         if room < 1:
             raise TextError(f"the prompt fills the context of {self.spec.context} tokens; shorten it")
+        limit = min(room, options.max_tokens)
         started = time.perf_counter()
         features = self._image_features(images)
         seen = time.perf_counter()
-        logits, caches = self._prefill(prompt, features)
+        decoder = self._open_decoder()
+        cache = decoder.new_cache(len(prompt.ids) + limit)
+        logits = decoder.read(cache, prompt.ids, image_blocks=prompt.image_blocks, image_features=features)
         read = time.perf_counter()
-        ids, text, ended = self._continue(
-            logits, caches, len(prompt.ids), min(room, options.max_tokens), options, on_text
-        )
+        ids, text, ended = self._continue(decoder, cache, logits, limit, options, on_text)
         return GenerateResult(
             text=text,
             ids=tuple(ids),
@@ -154,9 +155,9 @@ class Generator:
 
     def _continue(
         self,
+        decoder: Decoder,
+        cache: KVCache,
         logits: NDArray[np.float32],
-        caches: dict[str, NDArray[Any]],
-        position: int,
         limit: int,
         options: GenerateOptions,
         on_text: Callable[[str], bool] | None,
@@ -167,7 +168,7 @@ class Generator:
         pieces: list[str] = []
         ended: Literal["stop", "length", "cancel"] = "length"
         while True:
-            token = sample_token(logits, options, rng)
+            token = sample_token(logits[: self._tokenizer.token_count], options, rng)
             if token in self.spec.stop_ids:
                 ended = "stop"
                 break
@@ -178,85 +179,40 @@ class Generator:
                 break
             if len(ids) == limit:
                 break
-            logits, caches = self._step(token, caches, position)
-            position += 1
+            logits = decoder.read(cache, np.array([token], np.int64))
         pieces.append(detokenizer.finish())
         if on_text is not None and pieces[-1] and ended != "cancel":
             on_text(pieces[-1])
         return ids, "".join(pieces), ended
 
-    def _image_features(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    def _image_features(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32] | None:
         """[tokens, H] for all images, one after the other; an image seen before is not computed again."""
-        rows = []
-        for image in images:
-            if self._image is None:
-                raise ArtifactError("this artifact reads text only; give one with a vision component")
-            key = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+        keys = [hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest() for image in images]
+        for key, image in zip(keys, images, strict=True):
             if key not in self._features:
+                if self._image is None:
+                    raise ArtifactError("this artifact reads text only; give one with a vision component")
+                if "vision" not in self._sessions:
+                    self._close_sessions()  # the tower and the decoder need not be in memory together
                 pixels = preprocess(image, self._image)[None]
                 outputs = self._session("vision").run({"pixel_values": pixels})
                 self._features[key] = outputs["image_features"]
-            rows.append(self._features[key])
-        if rows:
-            return np.concatenate(rows)
-        width = self._spec("embed", "inputs_embeds").shape[-1]
-        return np.zeros((0, int(width)), np.float32)
+        return np.concatenate([self._features[key] for key in keys]) if keys else None
 
-    def _prefill(
-        self, prompt: Prompt, features: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
-        caches = {
-            spec.name: np.zeros([1 if isinstance(d, str) else d for d in spec.shape], spec.dtype)[:, :, :0]
-            for spec in self._session("decoder").entry.inputs
-            if spec.name.startswith("past_key_values.")
-        }
-        embeddings = self._embed(prompt.ids[None], features)
-        positions = np.arange(len(prompt.ids), dtype=np.int64)[None]
-        return self._decode(embeddings, positions, prompt.image_blocks[None], caches)
-
-    def _step(
-        self, token: int, caches: dict[str, NDArray[Any]], position: int
-    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
-        width = int(self._spec("embed", "inputs_embeds").shape[-1])
-        embeddings = self._embed(np.array([[token]], np.int64), np.zeros((0, width), np.float32))
-        text = np.full((1, 1), -1, np.int64)
-        return self._decode(embeddings, np.array([[position]], np.int64), text, caches)
-
-    def _embed(self, ids: NDArray[np.int64], features: NDArray[np.float32]) -> NDArray[np.float32]:
-        session = self._session("embed")
-        inputs: dict[str, NDArray[Any]] = {"input_ids": ids, "image_features": features}
-        taken = {spec.name: inputs[spec.name] for spec in session.entry.inputs}
-        embeddings: NDArray[np.float32] = session.run(taken)["inputs_embeds"]
-        return embeddings
-
-    def _decode(
-        self,
-        embeddings: NDArray[np.float32],
-        positions: NDArray[np.int64],
-        blocks: NDArray[np.int64],
-        caches: dict[str, NDArray[Any]],
-    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
-        inputs: dict[str, NDArray[Any]] = {
-            "inputs_embeds": embeddings,
-            "position_ids": positions,
-            "image_blocks": blocks,
-            **caches,
-        }
-        outputs = self._session("decoder").run(inputs)
-        logits = outputs.pop("logits")[0]
-        if not np.isfinite(logits).all():
-            raise EdgeError("the decoder's logits are not finite; export the model at a higher precision")
-        return logits[: self._tokenizer.token_count], {
-            name.replace("present.", "past_key_values."): array for name, array in outputs.items()
-        }
+    def _open_decoder(self) -> Decoder:
+        if "vision" in self._sessions:
+            self._sessions.pop("vision").close()
+        return Decoder(self._session("embed"), self._session("decoder"), self.spec)
 
     def _session(self, name: str) -> Session:
         if name not in self._sessions:
             self._sessions[name] = open_session(self._artifact, name, threads=self._threads)
         return self._sessions[name]
 
-    def _spec(self, component: str, output: str) -> TensorSpec:
-        return next(spec for spec in self._session(component).entry.outputs if spec.name == output)
+    def _close_sessions(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
 
 
 def sample_token(logits: NDArray[np.float32], options: GenerateOptions, rng: np.random.Generator) -> int:

@@ -23,6 +23,7 @@ __all__ = [
     "TargetName",
     "Manifest",
     "ModelInfo",
+    "AdapterInfo",
     "ComponentEntry",
     "FileEntry",
     "TensorSpec",
@@ -64,6 +65,8 @@ class TensorSpec:
         shape: Its dimensions.
         description: What it is, for people.
         may_be_empty: Whether free dimensions other than `batch` may be 0, as a cache's is at first.
+        default: What every element of an integer input is where the input is not given; None where it must
+            be given.
     """
 
     __pydantic_config__ = _STRICT
@@ -73,6 +76,7 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     description: str
     may_be_empty: bool = False
+    default: int | None = None
 
     def __post_init__(self) -> None:
         for dim in self.shape:
@@ -163,6 +167,7 @@ class PromptSpec:
         stop_ids: The ids that end an answer.
         image_id: The id that holds an image's places, or None for a model that reads text only.
         tokens_per_image: Places of one image; 0 for a model that reads text only.
+        window: Positions that the layers with a window see, the newest included; None where there are none.
         source: Where this behaviour is documented.
     """
 
@@ -175,9 +180,12 @@ class PromptSpec:
     stop_ids: tuple[int, ...]
     image_id: int | None
     tokens_per_image: int
+    window: int | None
     source: str
 
     def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window {self.window} sees nothing")
         if self.context < 2:
             raise ValueError(f"context {self.context} leaves no room for a prompt and an answer")
         if not self.stop_ids:
@@ -245,6 +253,25 @@ class ComponentEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """The adapter that was merged into the checkpoint's weights.
+
+    Attributes:
+        name: Name of its directory; never a path.
+        sha256: SHA-256 over adapter_config.json and then adapter_model.safetensors.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if _SHA256.fullmatch(self.sha256) is None:
+            raise ValueError(f"sha256 of adapter {self.name!r} is not 64 lower-case hexadecimal digits")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """The checkpoint an artifact was made from.
 
@@ -252,9 +279,11 @@ class ModelInfo:
         id: Hub id, `sample:NAME`, or the name of the local directory; never a path.
         revision: Hub commit, when known.
         architecture: The Hugging Face architecture, such as `SiglipModel`.
-        weights_sha256: SHA-256 over the checkpoint's weight files, in name order.
+        weights_sha256: SHA-256 over the checkpoint's weight files in name order, and then the adapter's
+            files: what has the same hash has the same weights.
         licence: The licence of the weights.
         intended_use: What the model may and may not be used for, one paragraph.
+        adapter: What was merged into the checkpoint, if anything.
     """
 
     __pydantic_config__ = _STRICT
@@ -265,6 +294,7 @@ class ModelInfo:
     weights_sha256: str
     licence: str
     intended_use: str
+    adapter: AdapterInfo | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,24 @@ class Session(Protocol):
         """Run once.
 
         Args:
-            inputs: An array for every input of `entry`, to its dtype and shape.
+            inputs: An array for every input of `entry`, to its dtype and shape; those with a default may be
+                left out.
+
+        Returns:
+            An array for every output of `entry`.
+
+        Raises:
+            EdgeError: If a name, dtype or shape differs from `entry`.
+        """
+        ...
+
+    def run_into(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
+        """Run once, and write the results into arrays of the caller's.
+
+        Args:
+            inputs: As for `run`.
+            outputs: An array for every output of `entry`. It may be an input too, where the program appends
+                to what it is given: then a cache of keys or values grows in place.
 
         Raises:
             EdgeError: If a name, dtype or shape differs from `entry`.
@@ -47,10 +64,13 @@ def check_inputs(entry: ComponentEntry, inputs: Mapping[str, NDArray[Any]]) -> N
             that contradicts the spec.
     """
     expected = {spec.name: spec for spec in entry.inputs}
-    if set(inputs) != set(expected):
+    required = {spec.name for spec in entry.inputs if spec.default is None}
+    if not required <= set(inputs) <= set(expected):
         raise EdgeError(f"the component takes {sorted(expected)} and was given {sorted(inputs)}")
     sizes: dict[str, int] = {}
     for name, spec in expected.items():
+        if name not in inputs:
+            continue
         array = inputs[name]
         fits = array.dtype == np.dtype(spec.dtype) and array.ndim == len(spec.shape)
         if fits:

@@ -16,7 +16,8 @@ from medgemma_quantization.weights import quantize_weights
 onnx = pytest.importorskip("onnx")
 
 MODEL = "sample:medgemma-tiny"
-PROMPT = 44  # longer than the sample's window of 32
+WINDOW = 32
+PROMPT = 44  # longer than the window
 IMAGES = ((3, 19), (26, 42))  # the second lies across the window's edge
 
 
@@ -68,20 +69,31 @@ def prompt(components, seed=5):
         "inputs_embeds": rng.normal(size=(1, PROMPT, decoder.inputs[0].shape[-1])).astype(np.float32),
         "position_ids": np.arange(PROMPT)[None],
         "image_blocks": blocks,
+        "attention_mask": np.ones((1, PROMPT), np.int64),
+        "local_start": np.array([0]),
     }
-    for spec in decoder.inputs[3:]:
-        feeds[spec.name] = np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32)
+    for spec in decoder.inputs:
+        if spec.name.startswith("past"):
+            feeds[spec.name] = np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32)
     return feeds
 
 
-def following(outputs, position, width):
+def carried(outputs, decoder):
+    """The caches of a step as the next one's inputs; of local layers only what they look back at."""
+    caches = {}
+    for spec in decoder.inputs:
+        if spec.name.startswith("past"):
+            whole = outputs[spec.name.replace("past_key_values", "present")]
+            caches[spec.name] = whole[:, :, -(WINDOW - 1) :] if spec.shape[2] == "past_local" else whole
+    return caches
+
+
+def following(outputs, position, decoder):
     """The feeds of one more token."""
-    caches = {
-        name.replace("present", "past_key_values"): array
-        for name, array in outputs.items()
-        if name.startswith("present")
-    }
-    return caches | {
+    width = decoder.inputs[0].shape[-1]
+    return carried(outputs, decoder) | {
+        "attention_mask": np.ones((1, position + 1), np.int64),
+        "local_start": np.array([position - (WINDOW - 1)]),
         "inputs_embeds": np.full((1, 1, width), 0.3, np.float32),
         "position_ids": np.array([[position]]),
         "image_blocks": np.array([[-1]]),
@@ -98,14 +110,42 @@ def test_prefill_and_decode_equal_the_module(exported):
         for name, array in expected.items():
             assert actual[name].shape == array.shape, name
             assert np.abs(actual[name] - array).max() < 1e-4, name
-        feeds = following(actual, position, feeds["inputs_embeds"].shape[-1])
+        feeds = following(actual, position, components["decoder"])
 
 
-def test_local_caches_stop_at_the_window_and_global_ones_do_not(exported):
+def test_caches_that_keep_everything_give_the_same(exported):
+    """As stock runtimes use the program: they know neither `image_blocks` nor `local_start`."""
     artifact, components, _, directory = exported
-    outputs = run(exact_session(artifact, "decoder", directory), prompt(components))
-    lengths = {array.shape[2] for name, array in outputs.items() if name.startswith("present")}
-    assert lengths == {32, PROMPT}
+    session = exact_session(artifact, "decoder", directory)
+    feeds = prompt(components)
+    feeds["image_blocks"] = np.full((1, PROMPT), -1)
+    known = {node.name for node in session.get_inputs()}
+    assert set(feeds) - known == {"image_blocks", "local_start"}
+    first = run(session, feeds)
+    stock = run(session, {name: feeds[name] for name in known})
+    assert (stock["logits"] == first["logits"]).all()
+    whole = {
+        name.replace("present", "past_key_values"): array
+        for name, array in stock.items()
+        if name.startswith("present")
+    }
+    windowed = following(first, PROMPT, components["decoder"])
+    expected = run(session, windowed)["logits"]
+    del windowed["image_blocks"], windowed["local_start"]
+    assert np.abs(run(session, windowed | whole)["logits"] - expected).max() < 1e-4
+
+
+def test_padding_is_not_looked_at(exported):
+    artifact, components, _, directory = exported
+    session = exact_session(artifact, "decoder", directory)
+    feeds = prompt(components)
+    feeds["image_blocks"] = np.full((1, PROMPT), -1)
+    feeds["attention_mask"][0, :5] = 0
+    expected = run(session, feeds)["logits"]
+    feeds["inputs_embeds"][0, :5] += 1
+    assert (run(session, feeds)["logits"] == expected).all()
+    feeds["attention_mask"][0, 4] = 1
+    assert np.abs(run(session, feeds)["logits"] - expected).max() > 1e-4
 
 
 def test_without_image_blocks_the_program_answers_otherwise(exported):
@@ -125,16 +165,12 @@ def test_one_call_equals_two_where_no_image_is_cut(exported):
     whole = run(session, feeds)["logits"]
     past = {name: array for name, array in feeds.items() if name.startswith("past")}
     for start, end in pairwise((0, 22, PROMPT)):
-        outputs = run(
-            session,
-            past
-            | {name: feeds[name][:, start:end] for name in ("inputs_embeds", "position_ids", "image_blocks")},
-        )
-        past = {
-            name.replace("present", "past_key_values"): array
-            for name, array in outputs.items()
-            if name.startswith("present")
-        }
+        sequences = ("inputs_embeds", "position_ids", "image_blocks")
+        step = {name: feeds[name][:, start:end] for name in sequences}
+        step["attention_mask"] = feeds["attention_mask"][:, :end]
+        step["local_start"] = np.array([max(0, start - (WINDOW - 1))])
+        outputs = run(session, past | step)
+        past = carried(outputs, components["decoder"])
     assert np.abs(outputs["logits"] - whole).max() < 1e-4
 
 

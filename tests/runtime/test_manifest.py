@@ -239,6 +239,7 @@ def prompt_spec() -> PromptSpec:
         stop_ids=(1, 106),
         image_id=262144,
         tokens_per_image=256,
+        window=1024,
         source="tests",
     )
 

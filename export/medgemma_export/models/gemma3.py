@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from medgemma_export.ops import Heads, Linear, Ops, RmsNorm, Rotary, Table
+from medgemma_export.ops import HeadProjection, Heads, Linear, Ops, RmsNorm, Rotary, Table
 
 __all__ = ["Decoder", "embed_tokens", "decode"]
 
@@ -73,52 +73,58 @@ def embed_tokens(ops: Ops[T], ids: T, decoder: Decoder) -> T:
 
 
 def decode(
-    ops: Ops[T], x: T, positions: T, blocks: T, past: Sequence[tuple[T, T]], decoder: Decoder
+    ops: Ops[T],
+    x: T,
+    positions: T,
+    blocks: T,
+    attention_mask: T,
+    local_start: T,
+    past: Sequence[tuple[T, T]],
+    decoder: Decoder,
 ) -> tuple[T, list[tuple[T, T]]]:
     """One step over new tokens: the logits after the last of them, and the caches to keep.
 
     Shapes:
-        x: [B, S, H] embeddings; positions and blocks: [B, S], blocks as `Ops.mask` says
-        past: a key and a value [B, kv, P, D] for each layer, P the same in all layers with one window
+        x: [B, S, H] embeddings; positions: [B, S]
+        blocks, attention_mask: as `Ops.mask` says
+        local_start: [1], the first position that the caches of local layers still hold
+        past: a key and a value [B, kv, P, D] for each layer, P the same in all local and in all global layers
         logits: [B, vocabulary]
     """
-    masks: dict[int | None, T] = {}
+    masks = {
+        window: ops.mask(positions, blocks, attention_mask, None if window is None else local_start, window)
+        for window in dict.fromkeys(decoder.windows)
+    }
     present: list[tuple[T, T]] = []
+    normed = ops.rms_norm(x, decoder.norm("layers.0.input_layernorm"))
     for layer, window in enumerate(decoder.windows):
-        key, value = past[layer]
-        if window not in masks:
-            masks[window] = ops.mask(blocks, key, window)
         name = f"layers.{layer}"
-        normed = ops.rms_norm(x, decoder.norm(f"{name}.input_layernorm"))
-        branch, key, value = _attend(ops, normed, positions, masks[window], key, value, decoder, layer)
+        branch, key, value = _attend(ops, normed, positions, masks[window], past[layer], decoder, layer)
         present.append((key, value))
         branch = ops.rms_norm(branch, decoder.norm(f"{name}.post_attention_layernorm"))
-        x = ops.residual_add(x, branch)
-        normed = ops.rms_norm(x, decoder.norm(f"{name}.pre_feedforward_layernorm"))
+        x, normed = ops.residual_norm(x, branch, decoder.norm(f"{name}.pre_feedforward_layernorm"))
         branch = _feed_forward(ops, normed, decoder, f"{name}.mlp")
         branch = ops.rms_norm(branch, decoder.norm(f"{name}.post_feedforward_layernorm"))
-        x = ops.residual_add(x, branch)
-    last = ops.rms_norm(ops.token(x, -1), decoder.norm("norm"))
-    return _head(ops, last, decoder), present
+        is_last = layer == len(decoder.windows) - 1
+        following = "norm" if is_last else f"layers.{layer + 1}.input_layernorm"
+        x, normed = ops.residual_norm(x, branch, decoder.norm(following))
+    return _head(ops, ops.token(normed, -1), decoder), present
 
 
 def _attend(
-    ops: Ops[T], x: T, positions: T, mask: T, key: T, value: T, decoder: Decoder, layer: int
+    ops: Ops[T], x: T, positions: T, mask: T, past: tuple[T, T], decoder: Decoder, layer: int
 ) -> tuple[T, T, T]:
-    name, heads, window = f"layers.{layer}.self_attn", decoder.heads, decoder.windows[layer]
-    q, k, v = ops.project_together(
-        x,
-        (
-            decoder.linear(f"{name}.q_proj", decoder.width, heads.query * heads.width),
-            decoder.linear(f"{name}.k_proj", decoder.width, heads.kv * heads.width),
-            decoder.linear(f"{name}.v_proj", decoder.width, heads.kv * heads.width),
-        ),
+    name, heads = f"layers.{layer}.self_attn", decoder.heads
+    projection = HeadProjection(
+        query=decoder.linear(f"{name}.q_proj", decoder.width, heads.query * heads.width),
+        key=decoder.linear(f"{name}.k_proj", decoder.width, heads.kv * heads.width),
+        value=decoder.linear(f"{name}.v_proj", decoder.width, heads.kv * heads.width),
+        query_norm=decoder.norm(f"{name}.q_norm", heads.width),
+        key_norm=decoder.norm(f"{name}.k_norm", heads.width),
     )
-    rotary = decoder.global_rotary if window is None else decoder.local_rotary
-    q = ops.rotate(ops.rms_norm(q, decoder.norm(f"{name}.q_norm", heads.width)), positions, rotary)
-    k = ops.rotate(ops.rms_norm(k, decoder.norm(f"{name}.k_norm", heads.width)), positions, rotary)
-    scale = decoder.attention_scale
-    y, key, value = ops.cached_attention(q, k, v, key, value, mask, heads, scale, window)
+    rotary = decoder.global_rotary if decoder.windows[layer] is None else decoder.local_rotary
+    q, k, v = ops.project_heads(x, projection, positions, rotary, heads)
+    y, key, value = ops.cached_attention(q, k, v, *past, mask, heads, decoder.attention_scale)
     out = decoder.linear(f"{name}.o_proj", heads.query * heads.width, decoder.width)
     return ops.linear(y, out), key, value
 

@@ -105,14 +105,11 @@ def load_text_only(checkpoint: Checkpoint) -> ModelSpec:
     config = Gemma3TextConfig.from_dict(dict(checkpoint.config))
     decoder = text_decoder(checkpoint, config, tied=bool(config.tie_word_embeddings))
     components = (embed_component(decoder, image_id=None), decoder_component(decoder))
-    # A GGUF file stands alone.
+    # A GGUF file names one token that ends an answer; llama.cpp finds <end_of_turn> by its spelling.
     is_gguf = all(name.endswith(".gguf") for name in checkpoint.weight_files)
-    files = () if is_gguf else _FILES
-    prompt = None
-    if not is_gguf:
-        stop_ids = _stop_ids(checkpoint, config)
-        prompt = _prompt_spec(config, stop_ids=stop_ids, image_id=None, tokens_per_image=0)
-    return _describe(checkpoint, "Gemma3ForCausalLM", components, image=None, prompt=prompt, files=files)
+    stop_ids = _STOP_IDS if is_gguf else _stop_ids(checkpoint, config)
+    prompt = _prompt_spec(config, stop_ids=stop_ids, image_id=None, tokens_per_image=0)
+    return _describe(checkpoint, "Gemma3ForCausalLM", components, image=None, prompt=prompt, files=_FILES)
 
 
 def text_decoder(checkpoint: Checkpoint, config: Any, *, tied: bool) -> Decoder:
@@ -183,6 +180,8 @@ def decoder_component(decoder: Decoder) -> Component:
             inputs["inputs_embeds"],
             inputs["position_ids"],
             inputs["image_blocks"],
+            inputs["attention_mask"],
+            inputs["local_start"],
             [(key, value) for key, value in past],
             decoder,
         )
@@ -199,6 +198,12 @@ def decoder_component(decoder: Decoder) -> Component:
         inputs=(
             _embeddings(decoder.width),
             TensorSpec(
+                name="attention_mask",
+                dtype="int64",
+                shape=("batch", "total"),
+                description="1 for each token of the conversation so far and of the new ones, 0 for padding",
+            ),
+            TensorSpec(
                 name="position_ids",
                 dtype="int64",
                 shape=("batch", "sequence"),
@@ -209,6 +214,14 @@ def decoder_component(decoder: Decoder) -> Component:
                 dtype="int64",
                 shape=("batch", "sequence"),
                 description="one number for the tokens of one image, -1 for text; an image must not be cut",
+                default=-1,
+            ),
+            TensorSpec(
+                name="local_start",
+                dtype="int64",
+                shape=(1,),
+                description="first position that the caches of layers with a window still hold",
+                default=0,
             ),
             *_caches(decoder, "past"),
         ),
@@ -229,7 +242,7 @@ def _caches(decoder: Decoder, time: str) -> Iterable[TensorSpec]:
     stem = "past_key_values" if time == "past" else "present"
     for layer, window in enumerate(decoder.windows):
         length = f"{time}_global" if window is None else f"{time}_local"
-        limit = "" if window is None else f", the last {window} positions"
+        limit = "" if window is None else f"; only the last {window - 1} positions are looked at"
         for kind in _KINDS:
             yield TensorSpec(
                 name=f"{stem}.{layer}.{kind}",
@@ -330,6 +343,7 @@ def _prompt_spec(
         stop_ids=stop_ids,
         image_id=image_id,
         tokens_per_image=tokens_per_image,
+        window=config.sliding_window if "sliding_attention" in config.layer_types else None,
         source="transformers processing_gemma3.py and the chat template of google/gemma-3-4b-it",
     )
 

@@ -108,7 +108,7 @@ def _lower_component(
     shared: dict[str, ir.ExternalTensor],
     note: Callable[[PackedWeight], None],
 ) -> None:
-    inputs = {spec.name: _value(spec) for spec in component.inputs}
+    inputs = {spec.name: _input(spec) for spec in component.inputs}
     with ExternalData(path.with_name(path.name + "_data"), shared) as data:
         ops = OnnxOps(weights=weights, data=data, note=note)
         outputs = component.forward(ops, inputs)
@@ -117,11 +117,22 @@ def _lower_component(
         list(inputs.values()),
         graph_outputs,
         nodes=ops.nodes,
-        initializers=ops.initializers,
+        # An input that is an initializer too may be left out: stock runtimes do not know it.
+        initializers=[*ops.initializers, *(value for value in inputs.values() if value.const_value)],
         opset_imports={"": ops.opset, DOMAIN: 1},
         name=component.name,
     )
     ir.save(ir.Model(graph, ir_version=_IR_VERSION, producer_name="medgemma-edge"), path)
+
+
+def _input(spec: TensorSpec) -> ir.Value:
+    value = _value(spec)
+    if spec.default is not None:
+        default = np.full(
+            [1 if isinstance(dim, str) else dim for dim in spec.shape], spec.default, spec.dtype
+        )
+        value.const_value = ir.tensor(default, name=spec.name)
+    return value
 
 
 def _value(spec: TensorSpec) -> ir.Value:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from medgemma_export.external_data import ExternalData
 from medgemma_export.ops import (
     Activation,
+    HeadProjection,
     Heads,
     LayerNorm,
     Linear,
@@ -24,12 +25,15 @@ from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.scheme import FLOAT32, Storage
 from medgemma_quantization.weights import QuantizedWeights
 
-__all__ = ["OnnxOps", "DOMAIN"]
+__all__ = ["OnnxOps", "DOMAIN", "JOINT"]
 
 DOMAIN = "com.microsoft"
 
+JOINT = "+"
+"""Between the names of weights that one tensor holds."""
+
 _OPSET = 20  # the first with Gelu
-_GEMMA_OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
+_GEMMA_OPSET = 23  # the first with RotaryEmbedding and RMSNormalization
 
 _Attribute = int | float | str | Sequence[int] | ir.TensorProtocol
 
@@ -79,7 +83,7 @@ class OnnxOps:
             "gather_axis": 0,
             "quantize_axis": 1,
         }
-        scales = self._scales(name, self.weights.scales(name))
+        scales = self._scales([name], self.weights.scales(name))
         return self._node("GatherBlockQuantized", [rows, ids, scales], attributes, DOMAIN)
 
     def add_positions(self, x: ir.Value, positions: Parameter) -> ir.Value:
@@ -93,8 +97,8 @@ class OnnxOps:
             return self._float_linear(x, weight)
         bias = self._float(f"{weight.name}.bias") if weight.bias else None
         if storage.block:
-            return self._block_product(x, f"{weight.name}.weight", bias)
-        return self._channel_product(x, f"{weight.name}.weight", bias)
+            return self._block_product(x, [f"{weight.name}.weight"], bias)
+        return self._channel_product(x, [f"{weight.name}.weight"], bias)
 
     def project_together(self, x: ir.Value, weights: tuple[Linear, ...]) -> tuple[ir.Value, ...]:
         """See `Ops`. One product each: sharing the rounding of `x` gained nothing measurable."""
@@ -146,13 +150,20 @@ class OnnxOps:
 
     def rms_norm(self, x: ir.Value, weight: RmsNorm) -> ir.Value:
         """See `Ops`."""
-        self.opset = _GEMMA_OPSET
-        name = f"{weight.name}.weight"
-        gain = self._weight(name, self.weights.float(name) + 1, FLOAT32, (weight.width,))
-        pieces = self._node("Reshape", [x, self._shape([-1, weight.width])])
-        attributes: dict[str, _Attribute] = {"axis": -1, "epsilon": weight.eps}
-        normed = self._node("RMSNormalization", [pieces, gain], attributes)
-        return self._node("Reshape", [normed, self._node("Shape", [x])])
+        return self._rms_norm(x, self._gain(weight), weight.eps)
+
+    def residual_norm(self, x: ir.Value, branch: ir.Value, weight: RmsNorm) -> tuple[ir.Value, ir.Value]:
+        """See `Ops`."""
+        attributes: dict[str, _Attribute] = {"epsilon": weight.eps}
+        normed, _, _, total = self._nodes(
+            "SkipSimplifiedLayerNormalization",
+            [x, branch, self._gain(weight)],
+            attributes,
+            DOMAIN,
+            outputs=4,
+            unused=(1, 2),
+        )
+        return total, normed
 
     def average_pool(self, x: ir.Value, side: int, window: int) -> ir.Value:
         """See `Ops`."""
@@ -170,22 +181,39 @@ class OnnxOps:
     def gated_mlp(
         self, x: ir.Value, gate: Linear, up: Linear, down: Linear, activation: Activation
     ) -> ir.Value:
-        """See `Ops`."""
-        opened = self._node("Gelu", [self.linear(x, gate)], {"approximate": "tanh"})
-        return self.linear(self._node("Mul", [opened, self.linear(x, up)]), down)
+        """See `Ops`. Gate and up are one product."""
+        both, sizes = self._joined_product(x, [gate, up])
+        opened, passed = self._split(both, sizes)
+        opened = self._node("Gelu", [opened], {"approximate": "tanh"})
+        return self.linear(self._node("Mul", [opened, passed]), down)
 
-    def rotate(self, x: ir.Value, positions: ir.Value, rotary: Rotary) -> ir.Value:
-        """See `Ops`. Angles are computed in the program, so that no table limits the context."""
-        self.opset = _GEMMA_OPSET
+    def project_heads(
+        self, x: ir.Value, weights: HeadProjection, positions: ir.Value, rotary: Rotary, heads: Heads
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """See `Ops`. One product; q and k are normalized and rotated as the heads of one tensor.
+
+        Angles are computed in the program, so that no table limits the context.
+        """
         angles = self._once((rotary, id(positions)), lambda: self._angles(positions, rotary))
         cosine = self._once(("Cos", id(angles)), lambda: self._node("Cos", [angles]))
         sine = self._once(("Sin", id(angles)), lambda: self._node("Sin", [angles]))
-        shape = self._node("Shape", [x])
-        heads = self._node("Reshape", [x, self._shape([0, 0, -1, rotary.width])])
-        heads = self._node("Transpose", [heads], {"perm": [0, 2, 1, 3]})
-        turned = self._node("RotaryEmbedding", [heads, cosine, sine])
-        turned = self._node("Transpose", [turned], {"perm": [0, 2, 1, 3]})
-        return self._node("Reshape", [turned, shape])
+        joined, [q_width, k_width, v_width] = self._joined_product(
+            x, [weights.query, weights.key, weights.value]
+        )
+        both, v = self._split(joined, [q_width + k_width, v_width])
+        gains = [
+            self._node("Expand", [self._gain(norm), self._shape([count, heads.width])])
+            for norm, count in ((weights.query_norm, heads.query), (weights.key_norm, heads.kv))
+        ]
+        gain = self._node("Concat", gains, {"axis": 0})
+        both = self._node("Reshape", [both, self._shape([0, 0, heads.query + heads.kv, heads.width])])
+        both = self._rms_norm(both, gain, weights.query_norm.eps)
+        both = self._node("Reshape", [both, self._shape([0, 0, q_width + k_width])])
+        count: dict[str, _Attribute] = {"num_heads": heads.query + heads.kv}
+        q, k = self._split(
+            self._node("RotaryEmbedding", [both, cosine, sine, None], count), [q_width, k_width]
+        )
+        return q, k, v
 
     def _angles(self, positions: ir.Value, rotary: Rotary) -> ir.Value:
         """[B, S] to [B, S, D / 2], in the order of operations of transformers' float32."""
@@ -195,31 +223,43 @@ class OnnxOps:
         column = self._node("Cast", [column], {"to": ir.DataType.FLOAT.value})
         return self._node("Mul", [column, self._floats(frequencies.astype(np.float32))])
 
-    def mask(self, blocks: ir.Value, past_key: ir.Value, window: int | None) -> ir.Value:
-        """See `Ops`."""
-        past = self._node("Gather", [self._node("Shape", [past_key]), self._integers(np.array(2))])
-        new = self._node("Gather", [self._node("Shape", [blocks]), self._integers(np.array(1))])
-        total = self._node("Add", [past, new])
-        one = self._integers(np.array(1))
+    def mask(
+        self,
+        positions: ir.Value,
+        blocks: ir.Value,
+        attention_mask: ir.Value,
+        start: ir.Value | None,
+        window: int | None,
+    ) -> ir.Value:
+        """See `Ops`. The result is what is added to the scores: 0, or the lowest float32."""
+        zero, one = self._integers(np.array(0)), self._integers(np.array(1))
+        shape = self._once(("Shape", id(positions)), lambda: self._node("Shape", [positions]))
+        blocks = self._once(("Expand", id(blocks)), lambda: self._node("Expand", [blocks, shape]))
+        new = self._node("Gather", [shape, one])
+        total = self._node("Gather", [self._node("Shape", [attention_mask]), one])
+        first = zero if start is None else self._node("Squeeze", [start])
+        past = self._node("Sub", [total, new])
         rows = self._node("Unsqueeze", [self._node("Range", [past, total, one]), self._shape([1])])
-        columns = self._node("Range", [self._integers(np.array(0)), total, one])
-        distance = self._node("Sub", [rows, columns])
-        causal = self._node("GreaterOrEqual", [distance, self._integers(np.array(0))])
-        batch = self._node("Shape", [blocks], {"start": 0, "end": 1})
-        text = ir.tensor(np.array([-1]), name="text")
-        past_shape = self._node(
-            "Concat", [batch, self._node("Unsqueeze", [past, self._shape([0])])], {"axis": 0}
-        )
-        past_blocks = self._node("ConstantOfShape", [past_shape], {"value": text})
-        key_blocks = self._node("Concat", [past_blocks, blocks], {"axis": 1})
-        query_column = self._node("Unsqueeze", [blocks, self._shape([2])])
-        same = self._node("Equal", [query_column, self._node("Unsqueeze", [key_blocks, self._shape([1])])])
-        in_image = self._node("GreaterOrEqual", [query_column, self._integers(np.array(0))])
-        seen = self._node("Or", [causal, self._node("And", [same, in_image])])
+        distance = self._node("Sub", [rows, self._node("Range", [first, total, one])])
+        query_blocks = self._node("Unsqueeze", [blocks, self._shape([2])])
+        held = self._node("Unsqueeze", [self._node("Sub", [past, first]), self._shape([0])])
+        pads = self._node("Concat", [self._shape([0]), held, self._shape([0, 0])], {"axis": 0})
+        key_blocks = self._node("Pad", [blocks, pads, self._integers(np.array(-1))])
+        same = self._node("Equal", [query_blocks, self._node("Unsqueeze", [key_blocks, self._shape([1])])])
+        is_image = self._node("GreaterOrEqual", [query_blocks, zero])
+        causal = self._node("GreaterOrEqual", [distance, zero])
+        seen = self._node("Or", [causal, self._node("And", [same, is_image])])
         if window is not None:
             near = self._node("Less", [distance, self._integers(np.array(window))])
             seen = self._node("And", [seen, near])
-        return self._node("Unsqueeze", [seen, self._shape([1])])
+        if start is not None:
+            end = self._shape([2**62])
+            attention_mask = self._node("Slice", [attention_mask, start, end, self._shape([1])])
+        is_real = self._node("Cast", [attention_mask], {"to": ir.DataType.BOOL.value})
+        seen = self._node("And", [seen, self._node("Unsqueeze", [is_real, self._shape([1])])])
+        hidden = self._floats(float(np.finfo(np.float32).min))
+        bias = self._node("Where", [seen, self._floats(0.0), hidden])
+        return self._node("Unsqueeze", [bias, self._shape([1])])
 
     def cached_attention(
         self,
@@ -231,30 +271,42 @@ class OnnxOps:
         mask: ir.Value,
         heads: Heads,
         scale: float,
-        window: int | None,
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """See `Ops`."""
-        self.opset = _GEMMA_OPSET
+        """See `Ops`.
+
+        The kernel appends to the past in place where a runtime binds one buffer to both, and hands out a
+        longer copy where not. It is told to be bidirectional, because its own causal mask cannot be lifted
+        for images: the mask says everything.
+        """
+        keys = self._once(("keys", id(mask)), lambda: self._key_count(mask))
+        last = self._once(("last", id(mask)), lambda: self._last_key(keys, mask))
         attributes: dict[str, _Attribute] = {
-            "q_num_heads": heads.query,
+            "num_heads": heads.query,
             "kv_num_heads": heads.kv,
             "scale": scale,
+            "causal": 0,
         }
-        result, key, value = self._nodes(
-            "Attention", [q, k, v, mask, past_key, past_value], attributes, outputs=3
-        )
-        if window is not None:
-            start, end, axis = self._shape([-window]), self._shape([2**62]), self._shape([2])
-            key = self._node("Slice", [key, start, end, axis])
-            value = self._node("Slice", [value, start, end, axis])
+        inputs = [q, k, v, past_key, past_value, last, keys, None, None, None, mask]
+        result, key, value = self._nodes("GroupQueryAttention", inputs, attributes, DOMAIN, outputs=3)
         return result, key, value
+
+    def _key_count(self, mask: ir.Value) -> ir.Value:
+        """How many keys there are, past and new: an int32 scalar."""
+        count = self._node("Gather", [self._node("Shape", [mask]), self._integers(np.array(3))])
+        return self._node("Cast", [count], {"to": ir.DataType.INT32.value})
+
+    def _last_key(self, keys: ir.Value, mask: ir.Value) -> ir.Value:
+        """The index of the last key, for each row of the batch: [B] int32."""
+        one = self._constant(f"constant.{len(self.initializers)}", np.array(1, np.int32))
+        batch = self._node("Shape", [mask], {"start": 0, "end": 1})
+        return self._node("Expand", [self._node("Sub", [keys, one]), batch])
 
     def logits(self, x: ir.Value, table: Table) -> ir.Value:
         """See `Ops`. The table's bytes are those that `embed` looks up."""
         name = f"{table.name}.weight"
         if self._storage(name).bits == 32:
             return self._node("Gemm", [x, self._float(name)], {"transB": 1})
-        return self._block_product(x, name, None)
+        return self._block_product(x, [name], None)
 
     def output(self, value: ir.Value, declared: ir.Value) -> ir.Value:
         """Give a result the name, shape and type of a declared output."""
@@ -262,42 +314,73 @@ class OnnxOps:
         value.doc_string = declared.doc_string
         return value
 
-    def _float_linear(self, x: ir.Value, weight: Linear) -> ir.Value:
-        name = f"{weight.name}.weight"
-        array = self.weights.float(name)
-        matrix = self._weight(name, array.T, FLOAT32, array.shape)
-        y = self._node("MatMul", [x, matrix])
-        return self._node("Add", [y, self._float(f"{weight.name}.bias")]) if weight.bias else y
+    def _joined_product(self, x: ir.Value, linears: Sequence[Linear]) -> tuple[ir.Value, list[int]]:
+        """Several linears without bias as one product, and how wide the result of each is.
 
-    def _channel_product(self, x: ir.Value, name: str, bias: ir.Value | None) -> ir.Value:
-        tensor = self.weights.quantized(name)
-        matrix = self._weight(name, tensor.values.T, tensor.storage, tensor.values.shape)
-        scales = self._scales(name, tensor.scales[:, 0])
+        Their rows lie one after the other under a name that joins theirs. Where the plan stores them in
+        different ways, each is a product of its own.
+        """
+        names = [f"{linear.name}.weight" for linear in linears]
+        widths = [self.weights.plan.by_name[name].stored_shape[0] for name in names]
+        if len({self._storage(name) for name in names}) > 1:
+            parts = [self.linear(x, linear) for linear in linears]
+            return self._node("Concat", parts, {"axis": -1}), widths
+        storage = self._storage(names[0])
+        if storage.bits == 32:
+            return self._float_product(x, names), widths
+        if storage.block:
+            return self._block_product(x, names, None), widths
+        return self._channel_product(x, names, None), widths
+
+    def _split(self, x: ir.Value, widths: list[int]) -> Sequence[ir.Value]:
+        return self._nodes("Split", [x, self._shape(widths)], {"axis": -1}, outputs=len(widths))
+
+    def _float_product(self, x: ir.Value, names: Sequence[str]) -> ir.Value:
+        matrix = np.concatenate([self.weights.float(name) for name in names])
+        return self._node("MatMul", [x, self._joined(names, matrix.T)])
+
+    def _channel_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None) -> ir.Value:
+        tensors = [self.weights.quantized(name) for name in names]
+        matrix = self._joined(names, np.concatenate([tensor.values for tensor in tensors]).T)
+        scales = self._scales(names, np.concatenate([tensor.scales[:, 0] for tensor in tensors]))
         return self._node("DynamicQuantizeMatMul", [x, matrix, scales, None, bias], domain=DOMAIN)
 
-    def _block_product(self, x: ir.Value, name: str, bias: ir.Value | None) -> ir.Value:
-        row, scales = self.weights.plan.by_name[name], self.weights.scales(name)
-        outputs, inputs = row.stored_shape
-        blocks = self._unsigned(name).reshape(*scales.shape, -1)
-        matrix = self._weight(name, blocks, row.storage, (outputs, inputs))
+    def _block_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None) -> ir.Value:
+        rows = [self.weights.plan.by_name[name] for name in names]
+        storage, inputs = rows[0].storage, rows[0].stored_shape[1]
+        scales = np.concatenate([self.weights.scales(name) for name in names])
+        values = np.concatenate([self._unsigned(name) for name in names])
+        matrix = self._joined(names, values.reshape(*scales.shape, -1))
         attributes: dict[str, _Attribute] = {
             "K": inputs,
-            "N": outputs,
-            "bits": row.storage.bits,
-            "block_size": row.storage.block,
+            "N": sum(row.stored_shape[0] for row in rows),
+            "bits": storage.bits,
+            "block_size": storage.block,
             "accuracy_level": 4,
         }
-        stored = self._scales(name, scales)
+        stored = self._scales(names, scales)
         return self._node("MatMulNBits", [x, matrix, stored, None, None, bias], attributes, DOMAIN)
+
+    def _rms_norm(self, x: ir.Value, gain: ir.Value, eps: float) -> ir.Value:
+        self.opset = _GEMMA_OPSET
+        return self._node("RMSNormalization", [x, gain], {"axis": -1, "epsilon": eps})
+
+    def _gain(self, weight: RmsNorm) -> ir.Value:
+        name = f"{weight.name}.weight"
+        return self._weight(name, self.weights.float(name) + 1, FLOAT32, (weight.width,))
+
+    def _float_linear(self, x: ir.Value, weight: Linear) -> ir.Value:
+        y = self._float_product(x, [f"{weight.name}.weight"])
+        return self._node("Add", [y, self._float(f"{weight.name}.bias")]) if weight.bias else y
 
     def _unsigned(self, name: str) -> NDArray[np.uint8]:
         """Integers as the block kernels store them, around 8 or 128: each one's sign bit turned."""
         is_packed = self._storage(name).bits == 4
         return self.weights.stored_values(name).view(np.uint8) ^ np.uint8(0x88 if is_packed else 0x80)
 
-    def _scales(self, name: str, scales: NDArray[np.float32]) -> ir.Value:
+    def _scales(self, names: Sequence[str], scales: NDArray[np.float32]) -> ir.Value:
         """Half the bytes on disk: float16 holds every scale exactly, and the cast is folded at load."""
-        stored = self._constant(f"{name}.scales", scales.astype(np.float16))
+        stored = self._constant(f"{JOINT.join(names)}.scales", scales.astype(np.float16))
         return self._node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
 
     def _storage(self, name: str) -> Storage:
@@ -306,6 +389,13 @@ class OnnxOps:
     def _float(self, name: str) -> ir.Value:
         array = self.weights.float(name)
         return self._weight(name, array, FLOAT32, array.shape)
+
+    def _joined(self, names: Sequence[str], array: NDArray[Any]) -> ir.Value:
+        """Weights of one storage that lie as one: the rows of the first, then those of the next."""
+        for name in names:
+            row = self.weights.plan.by_name[name]
+            self.note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
+        return self._constant(JOINT.join(names), array)
 
     def _weight(self, name: str, array: NDArray[Any], storage: Storage, shape: tuple[int, ...]) -> ir.Value:
         self.note(PackedWeight(name=name, storage=storage, shape=shape))
@@ -350,10 +440,11 @@ class OnnxOps:
         attributes: dict[str, _Attribute] | None = None,
         domain: str = "",
         outputs: int = 1,
+        unused: Sequence[int] = (),
     ) -> Sequence[ir.Value]:
         name = f"{operator}.{len(self.nodes)}"
         node = ir.node(operator, inputs, attributes or {}, domain=domain, num_outputs=outputs, name=name)
         for index, output in enumerate(node.outputs):
-            output.name = f"{name}.output.{index}"
+            output.name = "" if index in unused else f"{name}.output.{index}"
         self.nodes.append(node)
         return node.outputs

@@ -1,7 +1,7 @@
 """Runs a component with ONNX Runtime on the CPU."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,37 +96,65 @@ class OrtSession:
                 "ONNX Runtime it was made for"
             ) from None
         self.load_seconds = time.perf_counter() - started
+        self._run_options = onnxruntime.RunOptions()
+        self._device = onnxruntime.OrtDevice.make("cpu", 0)._get_c_device()
         for kind, specs, nodes in (
-            ("inputs", self.entry.inputs, self._session.get_inputs()),
+            (
+                "inputs",
+                self.entry.inputs,
+                self._session.get_inputs() + self._session.get_overridable_initializers(),
+            ),
             ("outputs", self.entry.outputs, self._session.get_outputs()),
         ):
             _check_signature(component, kind, specs, {node.name: node for node in nodes})
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run once.
-
-        Args:
-            inputs: An array for every input of `entry`, to its dtype and shape.
-
-        Returns:
-            An array for every output of `entry`.
+        """See `Session`.
 
         Raises:
             EdgeError: If a name, dtype or shape differs from `entry`, the run fails inside ONNX
                 Runtime, or the session is closed.
         """
-        if self._session is None:
-            raise EdgeError(f"component {self._component!r} is closed; open it again to run it")
-        check_inputs(self.entry, inputs)
+        self._check(inputs)
         names = [spec.name for spec in self.entry.outputs]
         try:
             outputs = self._session.run(names, dict(inputs))
         except Exception as error:
-            raise EdgeError(
-                f"component {self._component!r} failed while running: {_reason(error)}; "
-                "give it fewer items at once, or export the model again"
-            ) from None
+            raise self._failed(error) from None
         return dict(zip(names, outputs, strict=True))
+
+    def run_into(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
+        """See `Session`.
+
+        Raises:
+            EdgeError: As `run`.
+        """
+        self._check(inputs)
+        if outputs.keys() != {spec.name for spec in self.entry.outputs}:
+            raise EdgeError(f"component {self._component!r} needs an array for every output")
+        try:
+            # Not by an IoBinding, which refuses inputs that have a default.
+            self._session.run_with_ortvaluevector(
+                self._run_options,
+                list(inputs),
+                _views(inputs.values()),
+                list(outputs),
+                _views(outputs.values()),
+                [self._device] * len(outputs),
+            )
+        except Exception as error:
+            raise self._failed(error) from None
+
+    def _check(self, inputs: Mapping[str, NDArray[Any]]) -> None:
+        if self._session is None:
+            raise EdgeError(f"component {self._component!r} is closed; open it again to run it")
+        check_inputs(self.entry, inputs)
+
+    def _failed(self, error: Exception) -> EdgeError:
+        return EdgeError(
+            f"component {self._component!r} failed while running: {_reason(error)}; "
+            "give it fewer items at once, or export the model again"
+        )
 
     def close(self) -> None:
         """Free the component's memory, and write the profile if one was asked for."""
@@ -135,6 +163,17 @@ class OrtSession:
         if self._profile_to is not None:
             Path(self._session.end_profiling()).replace(self._profile_to)
         self._session = None
+
+
+def _views(arrays: Iterable[NDArray[Any]]) -> Any:
+    """ONNX Runtime's views of arrays: the same memory, so that a kernel can see that it may work in place."""
+    from onnxruntime import OrtValue
+    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
+
+    views = OrtValueVector()
+    for array in arrays:
+        views.push_back(OrtValue.ortvalue_from_numpy(array)._get_c_value())
+    return views
 
 
 def _session_options(*, threads: int | None, profile_to: Path | None) -> Any:

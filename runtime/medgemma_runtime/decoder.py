@@ -1,0 +1,118 @@
+"""Feeds a decoder: tokens and image features in, the next token's logits out, step by step."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.kv_cache import STEP, KVCache
+from medgemma_runtime.manifest import PromptSpec
+from medgemma_runtime.session import Session
+
+__all__ = ["Decoder"]
+
+
+class Decoder:
+    """The components `embed` and `decoder` of an artifact, run together.
+
+    Args:
+        embed: An open session of the component `embed`.
+        decoder: An open session of the component `decoder`.
+        spec: The artifact's prompt spec.
+    """
+
+    def __init__(self, embed: Session, decoder: Session, spec: PromptSpec) -> None:
+        self._embed, self._decoder, self._spec = embed, decoder, spec
+        self._takes_features = any(tensor.name == "image_features" for tensor in embed.entry.inputs)
+        [embeddings] = embed.entry.outputs
+        self._width = int(embeddings.shape[-1])
+        [logits] = [tensor for tensor in decoder.entry.outputs if tensor.name == "logits"]
+        self._vocabulary = int(logits.shape[-1])
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for a conversation of so many tokens at most."""
+        return KVCache(
+            self._decoder.entry.inputs,
+            window=self._spec.window,
+            capacity=min(capacity, self._spec.context),
+            step=max(STEP, self._spec.tokens_per_image),
+        )
+
+    def read(
+        self,
+        cache: KVCache,
+        ids: NDArray[np.int64],
+        *,
+        image_blocks: NDArray[np.int64] | None = None,
+        image_features: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Append tokens to a conversation; the logits after the last of them.
+
+        Args:
+            cache: The conversation so far.
+            ids: [S] token ids.
+            image_blocks: [S], the same number for the tokens of one image, -1 for text; None for text only.
+            image_features: [tokens, H] for all places of image tokens, in order.
+
+        Returns:
+            [vocabulary] float32, spare rows included.
+
+        Raises:
+            TextError: If the conversation would become longer than the cache.
+            EdgeError: If the logits are not finite.
+        """
+        if image_blocks is None:
+            image_blocks = np.full(len(ids), -1, np.int64)
+        if image_features is None:
+            image_features = np.zeros((0, self._width), np.float32)
+        taken = 0
+        for part in _steps(image_blocks):
+            places = int((image_blocks[part] >= 0).sum())
+            features = image_features[taken : taken + places]
+            logits = self._step(cache, ids[part], image_blocks[part], features)
+            taken += places
+        if not np.isfinite(logits).all():
+            raise EdgeError("the decoder's logits are not finite; export the model at a higher precision")
+        return logits
+
+    def _step(
+        self,
+        cache: KVCache,
+        ids: NDArray[np.int64],
+        blocks: NDArray[np.int64],
+        features: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        count = len(ids)
+        cache.make_room(count)
+        embedded: dict[str, NDArray[Any]] = {"input_ids": ids[None]}
+        if self._takes_features:
+            embedded["image_features"] = features
+        inputs: dict[str, NDArray[Any]] = {
+            "inputs_embeds": self._embed.run(embedded)["inputs_embeds"],
+            "attention_mask": np.ones((1, cache.length + count), np.int64),
+            "position_ids": np.arange(cache.length, cache.length + count, dtype=np.int64)[None],
+            "image_blocks": blocks[None],
+            "local_start": np.array([cache.start], np.int64),
+        }
+        logits: NDArray[np.float32] = np.empty((1, self._vocabulary), np.float32)
+        self._decoder.run_into({**inputs, **cache.inputs}, {"logits": logits, **cache.outputs})
+        cache.advance(count)
+        return logits.reshape(-1)
+
+
+def _steps(blocks: NDArray[np.int64]) -> Iterator[slice]:
+    """Cut [S] tokens into steps of at most `STEP`, but never an image: its tokens see each other."""
+    starts = np.flatnonzero(np.diff(blocks, prepend=-2) | (blocks < 0))
+    start = 0
+    while start < len(blocks):
+        end = start + STEP
+        if end >= len(blocks):
+            end = len(blocks)
+        else:
+            allowed = starts[(starts > start) & (starts <= end)]
+            later = starts[starts > end]
+            end = int(allowed[-1]) if len(allowed) else int(later[0]) if len(later) else len(blocks)
+        yield slice(start, end)
+        start = end

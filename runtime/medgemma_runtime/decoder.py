@@ -25,9 +25,6 @@ class Decoder:
 
     def __init__(self, embed: Session, decoder: Session, spec: PromptSpec) -> None:
         self._embed, self._decoder, self._spec = embed, decoder, spec
-        self._takes_features = any(tensor.name == "image_features" for tensor in embed.entry.inputs)
-        [embeddings] = embed.entry.outputs
-        self._width = int(embeddings.shape[-1])
         [logits] = [tensor for tensor in decoder.entry.outputs if tensor.name == "logits"]
         self._vocabulary = int(logits.shape[-1])
 
@@ -61,16 +58,20 @@ class Decoder:
 
         Raises:
             TextError: If the conversation would become longer than the cache.
-            EdgeError: If the logits are not finite.
+            EdgeError: If there is not one image feature for each place, or the logits are not finite.
         """
         if image_blocks is None:
             image_blocks = np.full(len(ids), -1, np.int64)
-        if image_features is None:
-            image_features = np.zeros((0, self._width), np.float32)
+        places = int((image_blocks >= 0).sum())
+        given = 0 if image_features is None else len(image_features)
+        if places != given:
+            raise EdgeError(f"{places} places of image tokens and {given} image features; give one for each")
         taken = 0
         for part in _steps(image_blocks):
             places = int((image_blocks[part] >= 0).sum())
-            features = image_features[taken : taken + places]
+            features = (
+                image_features[taken : taken + places] if image_features is not None and places else None
+            )
             logits = self._step(cache, ids[part], image_blocks[part], features)
             taken += places
         if not np.isfinite(logits).all():
@@ -82,12 +83,12 @@ class Decoder:
         cache: KVCache,
         ids: NDArray[np.int64],
         blocks: NDArray[np.int64],
-        features: NDArray[np.float32],
+        features: NDArray[np.float32] | None,
     ) -> NDArray[np.float32]:
         count = len(ids)
         cache.make_room(count)
         embedded: dict[str, NDArray[Any]] = {"input_ids": ids[None]}
-        if self._takes_features:
+        if features is not None:
             embedded["image_features"] = features
         inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": self._embed.run(embedded)["inputs_embeds"],

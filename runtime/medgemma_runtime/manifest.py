@@ -65,8 +65,8 @@ class TensorSpec:
         shape: Its dimensions.
         description: What it is, for people.
         may_be_empty: Whether free dimensions other than `batch` may be 0, as a cache's is at first.
-        default: What every element of an integer input is where the input is not given; None where it must
-            be given.
+        default: What every element is where the input is not given, and free dimensions are then 1, or 0
+            where they may be; None where it must be given.
     """
 
     __pydantic_config__ = _STRICT

@@ -113,3 +113,15 @@ def test_a_corrupt_cache_is_an_error_and_not_an_answer(opened, conversation):
     cache.inputs["past_key_values.0.key"][0, 0, 2] = np.nan
     with pytest.raises(EdgeError, match="logits are not finite"):
         decoder.read(cache, ids[5:6])
+
+
+def test_features_must_fit_their_places(opened, conversation):
+    artifact, decoder, _, _ = opened
+    ids, blocks, features = conversation
+    for given in (None, features[:15]):
+        with pytest.raises(
+            EdgeError, match=f"16 places of image tokens and {0 if given is None else 15} image features"
+        ):
+            decoder.read(decoder.new_cache(LENGTH), ids[:60], image_blocks=blocks[:60], image_features=given)
+    with pytest.raises(EdgeError, match="failed while running"):
+        open_session(artifact, "embed").run({"input_ids": ids[None], "image_features": features[:15]})

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -163,7 +164,7 @@ def embed_component(decoder: Decoder, *, image_id: int | None) -> Component:
     return Component(
         name="embed",
         file_stem="embed_tokens",
-        inputs=(ids,) if image_id is None else (ids, _image_features(decoder.width)),
+        inputs=(ids,) if image_id is None else (ids, replace(_image_features(decoder.width), default=0)),
         outputs=(_embeddings(decoder.width),),
         forward=forward,
     )

@@ -128,9 +128,9 @@ def _lower_component(
 def _input(spec: TensorSpec) -> ir.Value:
     value = _value(spec)
     if spec.default is not None:
-        default = np.full(
-            [1 if isinstance(dim, str) else dim for dim in spec.shape], spec.default, spec.dtype
-        )
+        free = 0 if spec.may_be_empty else 1
+        shape = [free if isinstance(dim, str) else dim for dim in spec.shape]
+        default = np.full(shape, spec.default, spec.dtype)
         value.const_value = ir.tensor(default, name=spec.name)
     return value
 

@@ -143,10 +143,14 @@ class OnnxOps:
     def place_images(
         self, embeddings: ir.Value, ids: ir.Value, features: ir.Value, image_id: int
     ) -> ir.Value:
-        """See `Ops`."""
+        """See `Ops`. Without any features nothing is replaced: stock runtimes put them in themselves."""
         is_image = self._node("Equal", [ids, self._integers(np.array(image_id))])
-        where = self._node("Transpose", [self._node("NonZero", [is_image])], {"perm": [1, 0]})
-        return self._node("ScatterND", [embeddings, where, features])
+        places = self._node("Transpose", [self._node("NonZero", [is_image])], {"perm": [1, 0]})
+        count = self._node("Shape", [features], {"start": 0, "end": 1})
+        has_none = self._node("Equal", [count, self._shape([0])])
+        end = self._node("Where", [has_none, self._shape([0]), self._shape([2**62])])
+        places = self._node("Slice", [places, self._shape([0]), end, self._shape([0])])
+        return self._node("ScatterND", [embeddings, places, features])
 
     def rms_norm(self, x: ir.Value, weight: RmsNorm) -> ir.Value:
         """See `Ops`."""
@@ -181,11 +185,9 @@ class OnnxOps:
     def gated_mlp(
         self, x: ir.Value, gate: Linear, up: Linear, down: Linear, activation: Activation
     ) -> ir.Value:
-        """See `Ops`. Gate and up are one product."""
-        both, sizes = self._joined_product(x, [gate, up])
-        opened, passed = self._split(both, sizes)
-        opened = self._node("Gelu", [opened], {"approximate": "tanh"})
-        return self.linear(self._node("Mul", [opened, passed]), down)
+        """See `Ops`. Gate and up are two products: to split one costs more than to round `x` twice."""
+        opened = self._node("Gelu", [self.linear(x, gate)], {"approximate": "tanh"})
+        return self.linear(self._node("Mul", [opened, self.linear(x, up)]), down)
 
     def project_heads(
         self, x: ir.Value, weights: HeadProjection, positions: ir.Value, rotary: Rotary, heads: Heads

@@ -137,13 +137,23 @@ class OrtSession:
             self._session.run_with_ortvaluevector(
                 self._run_options,
                 list(inputs),
-                _views(inputs.values()),
+                self._views(inputs.values()),
                 list(outputs),
-                _views(outputs.values()),
+                self._views(outputs.values()),
                 [self._device] * len(outputs),
             )
         except Exception as error:
             raise self._failed(error) from None
+
+    def _views(self, arrays: Iterable[NDArray[Any]]) -> Any:
+        """ONNX Runtime's views of arrays: the same memory, so a kernel can see that it may work in place."""
+        # The wrappers in the package's root take longer than all else that happens here.
+        from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue, OrtValueVector
+
+        views = OrtValueVector()
+        for array in arrays:
+            views.push_back(OrtValue.ortvalue_from_numpy(array, self._device))
+        return views
 
     def _check(self, inputs: Mapping[str, NDArray[Any]]) -> None:
         if self._session is None:
@@ -163,17 +173,6 @@ class OrtSession:
         if self._profile_to is not None:
             Path(self._session.end_profiling()).replace(self._profile_to)
         self._session = None
-
-
-def _views(arrays: Iterable[NDArray[Any]]) -> Any:
-    """ONNX Runtime's views of arrays: the same memory, so that a kernel can see that it may work in place."""
-    from onnxruntime import OrtValue
-    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
-
-    views = OrtValueVector()
-    for array in arrays:
-        views.push_back(OrtValue.ortvalue_from_numpy(array)._get_c_value())
-    return views
 
 
 def _session_options(*, threads: int | None, profile_to: Path | None) -> Any:

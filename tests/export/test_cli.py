@@ -1,0 +1,137 @@
+"""What the command lines of export add to what they call."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from medgemma_export import cli
+from medgemma_export.cli import export_main, reference_main
+from medgemma_runtime.manifest import read_manifest
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+torch = pytest.importorskip("torch")
+
+MEDGEMMA = ("--target", "onnx", "--model", "sample:medgemma-tiny", "--precision", "int4")
+MEDSIGLIP = ("--target", "onnx", "--model", "sample:medsiglip-tiny")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run a command line in an empty directory; its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main, *words: object):
+        monkeypatch.setattr("sys.argv", ["medgemma", *map(str, words)])
+        return main(), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    directory = tmp_path / "my-lora"
+    directory.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    name = "base_model.model.model.language_model.layers.2.mlp.up_proj"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(160, 2)}
+    safetensors_torch.save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+def test_a_dry_run_says_what_will_be_and_what_it_takes(call, adapter, tmp_path):
+    words = (*MEDGEMMA, "--adapter", adapter, "--context", "512", "--dry-run")
+    code, shown, _ = call(export_main, *words)
+    assert code == 0
+    assert "sample:medgemma-tiny with adapter my-lora, " in shown
+    assert "context 512 tokens; the export needs 0.1 GB of memory and 0.1 GB of disk" in shown
+    code, shown, _ = call(export_main, *words, "--json")
+    facts = json.loads(shown)
+    assert (facts["model"], facts["adapter"], facts["context"]) == ("sample:medgemma-tiny", "my-lora", 512)
+    assert facts["memory_bytes"] > 1 << 26 and facts["disk_bytes"] > 1 << 26
+    assert {row["storage"]["bits"] for row in facts["plan"]["rows"]} == {4, 32}
+    assert [path.name for path in tmp_path.iterdir()] == ["my-lora"]
+
+
+def test_a_model_without_prompts_has_no_context_to_show(call):
+    code, shown, _ = call(export_main, *MEDSIGLIP, "--dry-run")
+    assert code == 0 and "context" not in shown
+    _, shown, _ = call(export_main, *MEDSIGLIP, "--dry-run", "--json")
+    assert (json.loads(shown)["context"], json.loads(shown)["adapter"]) == (None, None)
+
+
+def test_context_and_adapter_reach_the_manifest(call, adapter, tmp_path):
+    words = (*MEDGEMMA, "--adapter", adapter, "--context", "512", "--components", "decoder")
+    code, shown, _ = call(export_main, *words)
+    assert code == 0
+    assert shown.startswith("medgemma-tiny-my-lora-onnx-int4: sample:medgemma-tiny with adapter my-lora as ")
+    manifest = read_manifest(tmp_path / "medgemma-tiny-my-lora-onnx-int4")
+    assert manifest.prompt.context == 512
+    assert manifest.model.adapter.name == "my-lora"
+    code, shown, _ = call(export_main, *MEDGEMMA, "--components", "decoder")
+    assert code == 0 and shown.startswith("medgemma-tiny-onnx-int4: sample:medgemma-tiny as onnx")
+    manifest = read_manifest(tmp_path / "medgemma-tiny-onnx-int4")
+    assert (manifest.prompt.context, manifest.model.adapter) == (4096, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((*MEDGEMMA, "--context", 4097), "a context of 4097 tokens was asked for and the model has 4096"),
+        ((*MEDGEMMA, "--context", 1), "context 1 leaves no room for a prompt and an answer"),
+        ((*MEDGEMMA, "--context", -5), "context -5 leaves no room"),
+        ((*MEDSIGLIP, "--context", 64), "SiglipModel answers no prompts, so it has no context"),
+        ((*MEDGEMMA, "--adapter", "absent"), "adapter absent is no directory"),
+        ((*MEDGEMMA, "--revision", "v1"), "revision 'v1' was given for sample:medgemma-tiny"),
+        ((*MEDSIGLIP, "--adapter", "my-lora"), "does not fit sample:medsiglip-tiny"),
+    ],
+)
+def test_exports_that_cannot_be(call, adapter, words, says):
+    for more in ((), ("--dry-run",)):
+        code, shown, error = call(export_main, *words, *more)
+        assert (code, shown) == (2, "")
+        assert error.startswith("error: ") and says in error and error.count("\n") == 1
+
+
+def test_references_take_a_revision(call, monkeypatch, tmp_path):
+    """Only a hub id has one, so a refusal shows that it was not dropped on the way."""
+    model = ("--model", "sample:medsiglip-tiny")
+    says = "revision 'v1' was given for sample:medsiglip-tiny"
+    words = ("plain-onnx", *model, "--out", "plain.onnx")
+    code, _, error = call(reference_main, *words, "--revision", "v1")
+    assert code == 2 and says in error
+    given: list[str | None] = []
+
+    def record_packing(artifact, model, reference, out, *, revision, progress):
+        given.append(revision)
+        raise KeyboardInterrupt
+
+    pytest.importorskip("medgemma_export.packing")
+    monkeypatch.setattr("medgemma_export.packing.record_packing", record_packing)
+    words = ("packing", tmp_path, *model, "--reference", tmp_path, "--out", "packing")
+    call(reference_main, *words, "--revision", "v1")
+    call(reference_main, *words)
+    assert given == ["v1", None]
+
+
+def test_a_packing_reference_of_an_adapter_is_refused(call, adapter, tmp_path):
+    call(export_main, *MEDSIGLIP, "--precision", "int8", "--out", "plain")
+    manifest = json.loads((tmp_path / "plain" / "manifest.json").read_text())
+    manifest["model"]["adapter"] = {"name": "my-lora", "sha256": "0" * 64}
+    (tmp_path / "plain" / "manifest.json").write_text(json.dumps(manifest))
+    words = ("packing", "plain", "--model", "sample:medsiglip-tiny", "--reference", "any")
+    code, _, error = call(reference_main, *words, "--out", "packing")
+    assert code == 2
+    assert "plain has the adapter my-lora merged in, and references are of whole checkpoints" in error
+
+
+def test_examples_name_options_that_exist(call):
+    """Every word of the examples that begins with -- is an option of the help above them."""
+    for main, examples, commands in (
+        (export_main, cli._EXAMPLES, [()]),
+        (reference_main, cli._REFERENCE_EXAMPLES, [("record",), ("packing",)]),
+    ):
+        known = "".join(call(main, *command, "--help")[1] for command in commands)
+        for word in examples.split():
+            assert not word.startswith("--") or word in known, word

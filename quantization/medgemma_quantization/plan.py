@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from medgemma_quantization.scheme import FLOAT32, Activations, Scheme, Storage
+from medgemma_quantization.scheme import FLOAT16, FLOAT32, Activations, Scheme, Storage
 from medgemma_runtime.errors import EdgeError
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "WeightSpec",
     "Role",
     "make_plan",
+    "note_unreached",
     "read_plan",
     "compare_packed",
 ]
@@ -85,8 +86,8 @@ class PlanRow:
     def stored_bits(self) -> int:
         """Bits that integers (or floats) and scales occupy, padding included."""
         count = math.prod(self.stored_shape)
-        if self.storage.bits == 32:
-            return count * 32
+        if self.storage.is_float:
+            return count * self.storage.bits
         scales = count // (self.storage.block or self.stored_shape[-1])
         return count * self.storage.bits + scales * _SCALE_BITS
 
@@ -101,6 +102,7 @@ class QuantPlan:
     method: str
     activations: Activations
     rows: tuple[PlanRow, ...]
+    residual_scale: float = 1.0
 
     @cached_property
     def by_name(self) -> dict[str, PlanRow]:
@@ -119,7 +121,12 @@ class QuantPlan:
 
     def to_json(self) -> str:
         """The plan as it stands in an artifact: one line for each row."""
-        head = {"scheme": self.scheme, "method": self.method, "activations": self.activations}
+        head = {
+            "scheme": self.scheme,
+            "method": self.method,
+            "activations": self.activations,
+            "residual_scale": self.residual_scale,
+        }
         rows = ",\n".join("  " + json.dumps(asdict(row)) for row in self.rows)
         return json.dumps(head)[:-1] + f', "rows": [\n{rows}\n]}}\n'
 
@@ -161,22 +168,38 @@ def make_plan(scheme: Scheme, weights: Iterable[WeightSpec], *, method: str = "r
         scheme=scheme.name,
         method=method,
         activations=scheme.activations,
+        residual_scale=scheme.residual_scale,
         rows=tuple(padded.values()),
     )
 
 
+def note_unreached(plan: QuantPlan, names: Iterable[str]) -> QuantPlan:
+    """The plan with a note on the integer weights that no calibration sample reaches."""
+    unreached = set(names)
+    rows = tuple(
+        replace(
+            row, reason=f"{row.reason}; no calibration sample reaches it: scale search on the weight alone"
+        )
+        if row.name in unreached and not row.storage.is_float
+        else row
+        for row in plan.rows
+    )
+    return replace(plan, rows=rows)
+
+
 def _decide(scheme: Scheme, spec: WeightSpec, unused: set[str]) -> PlanRow:
-    storage, reason = FLOAT32, _FLOAT_REASONS.get(spec.role, "")
+    storage = FLOAT16 if scheme.activations == "float16" else FLOAT32
+    reason = _FLOAT_REASONS.get(spec.role, "")
     if spec.role in ("linear", "table"):
         storage = scheme.linear if spec.role == "linear" else scheme.table
         reason = f"scheme {scheme.name}: every {spec.role}"
     for pattern, wanted in scheme.overrides:
         if re.fullmatch(pattern, spec.name):
             unused.discard(pattern)
-            if wanted.bits != 32 and spec.role not in ("linear", "table"):
+            if wanted != FLOAT32 and spec.role not in ("linear", "table"):
                 raise EdgeError(
                     f"scheme {scheme.name}: {pattern!r} asks for {wanted} for {spec.name}, a {spec.role}; "
-                    "only linear and table weights can be integers"
+                    "only linear and table weights can be other than float32"
                 )
             storage, reason = wanted, f"scheme {scheme.name}: override {pattern!r}"
             break

@@ -1,5 +1,6 @@
 """What the user wishes: bits and granularity for each kind of weight."""
 
+import math
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Literal, get_args
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import Precision
 
-__all__ = ["Scheme", "Storage", "SCHEMES", "load_scheme", "FLOAT32", "INT8", "INT8_BLOCKS", "INT4"]
+__all__ = ["Scheme", "Storage", "SCHEMES", "load_scheme", "FLOAT32", "FLOAT16", "INT8", "INT8_BLOCKS", "INT4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,33 +18,39 @@ class Storage:
     """How one weight is stored.
 
     Attributes:
-        bits: 32 for float, else 8 or 4.
+        bits: 32 or 16 for float, 8 or 4 for integers.
         block: Inputs that share one scale; 0 is one scale for each output channel (the whole row).
     """
 
-    bits: Literal[32, 8, 4]
+    bits: Literal[32, 16, 8, 4]
     block: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in (32, 8, 4):
-            raise ValueError(f"bits must be 32, 8 or 4 and are {self.bits}")
-        if self.block and (self.bits == 32 or self.block < 16 or self.block & (self.block - 1)):
+        if self.bits not in (32, 16, 8, 4):
+            raise ValueError(f"bits must be 32, 16, 8 or 4 and are {self.bits}")
+        if self.block and (self.is_float or self.block < 16 or self.block & (self.block - 1)):
             raise ValueError(f"block must be 0 or a power of two of at least 16 and is {self.block}")
 
+    @property
+    def is_float(self) -> bool:
+        """Whether values are stored as they are, rounded at most, and have no scales."""
+        return self.bits in (32, 16)
+
     def __str__(self) -> str:
-        if self.bits == 32:
-            return "float32"
+        if self.is_float:
+            return f"float{self.bits}"
         return f"int{self.bits} " + (f"block {self.block}" if self.block else "per channel")
 
 
 FLOAT32 = Storage(bits=32)
+FLOAT16 = Storage(bits=16)
 INT8 = Storage(bits=8)
 INT8_BLOCKS = Storage(bits=8, block=32)
 INT4 = Storage(bits=4, block=32)
 
-_PRECISIONS: dict[int, Precision] = {32: "fp32", 8: "int8", 4: "int4"}
+_PRECISIONS: dict[int, Precision] = {32: "fp32", 16: "fp16", 8: "int8", 4: "int4"}
 
-Activations = Literal["float", "int8-dynamic"]
+Activations = Literal["float", "float16", "int8-dynamic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,10 @@ class Scheme:
         name: For people and file names.
         linear: Storage of matrices that multiply activations.
         table: Storage of embedding tables.
-        activations: `int8-dynamic` quantizes the input of every integer matrix at run time.
+        activations: `float16` computes throughout in float16, and so rounds every vector to it;
+            `int8-dynamic` quantizes the input of every integer matrix at run time.
+        residual_scale: Factor of a decoder's residual stream, a power of two of at most 1: float16 engines
+            overflow without it.
         overrides: `(regular expression, storage)`; the first that matches the whole weight name wins.
     """
 
@@ -62,6 +72,7 @@ class Scheme:
     linear: Storage
     table: Storage
     activations: Activations
+    residual_scale: float = 1.0
     overrides: tuple[tuple[str, Storage], ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -71,6 +82,10 @@ class Scheme:
         if self.activations not in get_args(Activations):
             raise ValueError(
                 f"activations must be one of {get_args(Activations)} and are {self.activations!r}"
+            )
+        if not 0 < self.residual_scale <= 1 or math.frexp(self.residual_scale)[0] != 0.5:
+            raise ValueError(
+                f"residual_scale must be a power of two of at most 1 and is {self.residual_scale}"
             )
         for pattern, _ in self.overrides:
             try:
@@ -88,6 +103,7 @@ class Scheme:
 # the output head then serves both with the same bytes.
 SCHEMES: dict[str, Scheme] = {
     "fp32": Scheme(name="fp32", linear=FLOAT32, table=FLOAT32, activations="float"),
+    "fp16": Scheme(name="fp16", linear=FLOAT16, table=FLOAT16, activations="float"),
     "int8": Scheme(name="int8", linear=INT8, table=INT8_BLOCKS, activations="int8-dynamic"),
     "int4": Scheme(name="int4", linear=INT4, table=INT4, activations="int8-dynamic"),
 }

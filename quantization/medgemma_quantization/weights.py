@@ -6,6 +6,7 @@ every target reads the same numbers.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +19,23 @@ from numpy.typing import NDArray
 from medgemma_quantization.affine import (
     QuantizedTensor,
     pack_int4,
-    quantize,
-    range_scales,
     unpack_int4,
 )
+from medgemma_quantization.methods.method import FindRounder, Rounder
+from medgemma_quantization.methods.rounding import nearest
 from medgemma_quantization.plan import PlanRow, QuantPlan
 from medgemma_runtime.artifact import sha256_file
 from medgemma_runtime.errors import CheckpointError
 
-__all__ = ["QuantizedWeights", "ReadWeight", "quantize_weights", "source_fingerprint"]
+__all__ = [
+    "QuantizedWeights",
+    "ReadWeight",
+    "quantize_weights",
+    "store_integers",
+    "is_whole",
+    "rounding_bytes",
+    "source_fingerprint",
+]
 
 # Weights are rounded in pieces of at most this many values: 64 MB as float32, with a few copies.
 _PIECE_VALUES = 1 << 24
@@ -54,26 +63,40 @@ class QuantizedWeights:
     directory: Path
     read: ReadWeight
 
-    def quantized(self, name: str) -> QuantizedTensor:
-        """Integers and scales of a weight that the plan stores as integers."""
+    def has(self, name: str) -> bool:
+        """Whether the integers of a weight have been made."""
+        return (self.directory / f"{name}.sha256").exists()
+
+    def quantized(self, name: str, rows: slice | None = None) -> QuantizedTensor:
+        """Integers and scales of a weight that the plan stores as integers, or of some of its rows."""
         row = self.plan.by_name[name]
-        values = self.stored_values(name)
+        values, scales = self.stored_values(name, rows), self.scales(name, rows)
         unpacked = unpack_int4(values.view(np.uint8)) if row.storage.bits == 4 else values.view(np.int8)
-        return QuantizedTensor(storage=row.storage, values=unpacked, scales=self.scales(name))
+        return QuantizedTensor(storage=row.storage, values=unpacked, scales=scales)
 
-    def stored_values(self, name: str) -> NDArray[Any]:
+    def stored_values(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """The integers as they lie on disk: int8, or int4 as `pack_int4` packs it, in two's complement."""
-        values: NDArray[Any] = np.load(self.directory / f"{name}.values.npy", allow_pickle=False)
-        return values
+        return _load(self.directory / f"{name}.values.npy", rows)
 
-    def scales(self, name: str) -> NDArray[np.float32]:
+    def scales(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """The scales of a weight that the plan stores as integers: [outputs, blocks]."""
-        scales: NDArray[np.float32] = np.load(self.directory / f"{name}.scales.npy", allow_pickle=False)
-        return scales
+        return _load(self.directory / f"{name}.scales.npy", rows)
 
     def float(self, name: str) -> NDArray[np.float32]:
-        """A weight that the plan keeps float, padded as the plan says."""
-        return _padded(self.read(name), self.plan.by_name[name].stored_shape)
+        """A weight that the plan keeps float, rounded to float16 and padded where the plan says so.
+
+        Raises:
+            CheckpointError: If a value is too large for float16.
+        """
+        row = self.plan.by_name[name]
+        weight = _padded(self.read(name), row.stored_shape)
+        if row.storage.bits == 32:
+            return weight
+        with np.errstate(over="ignore"):
+            rounded = weight.astype(np.float16)
+        if not np.isfinite(rounded).all():
+            raise CheckpointError(f"{name} has values that float16 cannot hold; keep it float32")
+        return rounded.astype(np.float32)
 
 
 def quantize_weights(
@@ -81,40 +104,59 @@ def quantize_weights(
     read: ReadWeight,
     directory: Path,
     *,
+    find: FindRounder = nearest,
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantizedWeights:
-    """Round every integer weight of a plan to nearest, with scales that cover its range.
+    """Round every integer weight of a plan, knowing nothing of its inputs.
 
     Args:
         plan: What to do.
         read: Reads a weight of the model by name.
         directory: Where the integers go; those that are there already, and whole, are kept.
+        find: How to find them, such as a method of `METHODS` that needs no samples.
         progress: Called with the rows done and their number.
 
     Raises:
         CheckpointError: If a weight is not finite, or too large for a float16 scale.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    integer_rows = [row for row in plan.rows if row.storage.bits != 32]
+    integer_rows = [row for row in plan.rows if not row.storage.is_float]
     for done, row in enumerate(integer_rows):
         if progress is not None:
             progress(done, len(integer_rows))
-        if not _is_whole(row, directory):
-            _quantize_row(row, read, directory)
+        if not is_whole(row, directory):
+            store_integers(row, read, directory, find(row.storage, None))
     if progress is not None:
         progress(len(integer_rows), len(integer_rows))
     return QuantizedWeights(plan=plan, directory=directory, read=read)
 
 
-def source_fingerprint() -> str:
-    """Hash of the code that makes integers: those made by other code are not taken over."""
+def rounding_bytes(row: PlanRow) -> int:
+    """Memory that rounding a weight takes, reading included: 17.5 bytes a value of a piece were measured."""
+    if row.storage.is_float:
+        return 0
+    return 18 * min(math.prod(row.stored_shape), _PIECE_VALUES)
+
+
+def source_fingerprint(readers: Path) -> str:
+    """Hash of the code that makes integers: those made by other code are not taken over.
+
+    Args:
+        readers: A directory; the modules in and below it read the float weights.
+    """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for directory in (Path(__file__).parent, readers):
+        for path in sorted(directory.rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _quantize_row(row: PlanRow, read: ReadWeight, directory: Path) -> None:
+def store_integers(row: PlanRow, read: ReadWeight, directory: Path, round_rows: Rounder) -> None:
+    """Round one weight, some of its rows at a time, and seal what is written.
+
+    Raises:
+        CheckpointError: If a weight is not finite, or too large for a float16 scale.
+    """
     values, scales = _paths(row, directory)
     outputs, inputs = row.stored_shape
     blocks = inputs // row.storage.block if row.storage.block else 1
@@ -132,7 +174,7 @@ def _quantize_row(row: PlanRow, read: ReadWeight, directory: Path) -> None:
         weight = read(row.name, slice(start, min(piece.stop, row.shape[0])))
         weight = _padded(weight, (piece.stop - start, inputs))
         try:
-            tensor = quantize(weight, row.storage, range_scales(weight, row.storage))
+            tensor = round_rows(weight)
         except ValueError as error:
             raise CheckpointError(f"{row.name} cannot be quantized: {error}; check the checkpoint") from None
         stored[piece] = pack_int4(tensor.values) if is_packed else tensor.values
@@ -146,7 +188,8 @@ def _quantize_row(row: PlanRow, read: ReadWeight, directory: Path) -> None:
     os.replace(temporary, seal)
 
 
-def _is_whole(row: PlanRow, directory: Path) -> bool:
+def is_whole(row: PlanRow, directory: Path) -> bool:
+    """Whether the integers of a weight are there and undamaged."""
     try:
         sealed = _seal(row, directory).read_text(encoding="ascii")
         return sealed == " ".join(sha256_file(path) for path in _paths(row, directory))
@@ -160,6 +203,12 @@ def _paths(row: PlanRow, directory: Path) -> tuple[Path, Path]:
 
 def _seal(row: PlanRow, directory: Path) -> Path:
     return directory / f"{row.name}.sha256"
+
+
+def _load(path: Path, rows: slice | None) -> NDArray[Any]:
+    """An array, or some rows of it without reading the rest."""
+    array: NDArray[Any] = np.load(path, mmap_mode=None if rows is None else "r", allow_pickle=False)
+    return array if rows is None else np.array(array[rows])
 
 
 def _padded(array: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -1,6 +1,6 @@
 import pytest
 
-from medgemma_quantization.scheme import FLOAT32, INT4, INT8, SCHEMES, Scheme, Storage, load_scheme
+from medgemma_quantization.scheme import FLOAT16, FLOAT32, INT4, INT8, SCHEMES, Scheme, Storage, load_scheme
 from medgemma_runtime.errors import EdgeError
 
 GOOD = """
@@ -33,7 +33,7 @@ def test_a_scheme_file_says_the_same_as_the_dataclass(tmp_path):
         ('name = "head in int8"\n', "", "missing"),
         ("head in int8", "../head", "cannot be part of a file name"),
         ("head in int8", "", "cannot be part of a file name"),
-        ("bits = 4", "bits = 5", "bits must be 32, 8 or 4"),
+        ("bits = 4", "bits = 5", "bits must be 32, 16, 8 or 4"),
         ("block = 32", "block = 24", "power of two"),
         ("table", "tables", "table"),
         ("match = 'text_model", "match = '(text_model", "no regular expression"),
@@ -58,9 +58,10 @@ def test_an_absent_scheme_file(tmp_path):
 def test_names_and_precisions():
     assert str(INT4) == "int4 block 32"
     assert str(INT8) == "int8 per channel"
-    assert str(FLOAT32) == "float32"
+    assert (str(FLOAT32), str(FLOAT16)) == ("float32", "float16")
     assert {name: scheme.precision for name, scheme in SCHEMES.items()} == {
         "fp32": "fp32",
+        "fp16": "fp16",
         "int8": "int8",
         "int4": "int4",
     }

@@ -23,7 +23,7 @@ def reader(checkpoint):
     return lambda name, rows=None: checkpoint[name][rows or slice(None)]
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("scheme", ["fp32", "fp16", "int8", "int4"])
 def test_what_is_read_back_is_the_weight_within_half_a_step(tmp_path, checkpoint, scheme):
     plan = make_plan(SCHEMES[scheme], SPECS)
     weights = quantize_weights(plan, reader(checkpoint), tmp_path)
@@ -33,11 +33,22 @@ def test_what_is_read_back_is_the_weight_within_half_a_step(tmp_path, checkpoint
         padded = np.pad(true, grow)
         if row.storage.bits == 32:
             np.testing.assert_array_equal(weights.float(row.name), padded)
+        elif row.storage.bits == 16:
+            np.testing.assert_array_equal(weights.float(row.name), padded.astype(np.float16))
         else:
             tensor = weights.quantized(row.name)
             assert tensor.values.shape == row.stored_shape
             step = np.repeat(tensor.scales, row.stored_shape[1] // tensor.scales.shape[1], axis=1)
             assert (np.abs(tensor.dequantize() - padded) <= 0.501 * step).all()
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path, checkpoint):
+    weights = quantize_weights(make_plan(SCHEMES["fp16"], SPECS), reader(checkpoint), tmp_path)
+    checkpoint["fc2.weight"][3, 3] = 65_504
+    weights.float("fc2.weight")
+    checkpoint["fc2.weight"][3, 3] = 70_000
+    with pytest.raises(CheckpointError, match=r"fc2\.weight has values that float16 cannot hold"):
+        weights.float("fc2.weight")
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, checkpoint):

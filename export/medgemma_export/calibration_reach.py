@@ -1,0 +1,48 @@
+"""Which parts of a model a calibration set reaches: known from names, before anything is computed."""
+
+from medgemma_export.models import ModelSpec
+from medgemma_export.models.spec import Component
+from medgemma_quantization.calibration import CalibrationSet
+from medgemma_runtime.errors import EdgeError
+
+__all__ = ["check_chain", "takes", "takes_pixels", "unreached_weights"]
+
+
+def takes(model: ModelSpec, name: str) -> bool:
+    """Whether a component has an input of this name."""
+    return any(spec.name == name for component in model.components for spec in component.inputs)
+
+
+def takes_pixels(component: Component) -> bool:
+    """Whether a component sees images; the others read what becomes of texts."""
+    return any(spec.name == "pixel_values" for spec in component.inputs)
+
+
+def unreached_weights(model: ModelSpec, samples: CalibrationSet) -> list[str]:
+    """The weights that only components without samples ask for."""
+    images = any(sample.image is not None for sample in samples.samples)
+    # An image for a model with prompts comes with a question.
+    texts = model.prompt is not None or any(sample.text is not None for sample in samples.samples)
+    reached = {
+        spec.name
+        for component in model.components
+        if (images if takes_pixels(component) else texts)
+        for spec in component.weights()
+    }
+    return [spec.name for spec in model.weights() if spec.name not in reached]
+
+
+def check_chain(model: ModelSpec) -> None:
+    """Refuse to calibrate components whose inputs others make that are left out.
+
+    Raises:
+        EdgeError: If `image_features` or `inputs_embeds` would be missing.
+    """
+    made = {spec.name for component in model.components for spec in component.outputs}
+    for component in model.components:
+        for name in ("image_features", "inputs_embeds"):
+            if any(spec.name == name for spec in component.inputs) and name not in made:
+                raise EdgeError(
+                    f"component {component.name} cannot be calibrated without the one that makes its {name}; "
+                    "leave --components out"
+                )

@@ -1,0 +1,150 @@
+"""GPTQ: each input's rounding error is made up for by the inputs that are not rounded yet.
+
+Frantar et al. 2023 (arXiv 2210.17323). Three things are different here. Scales are chosen block by block,
+from the weights as the errors so far have left them, among representable ones and by the error that cannot be
+made up for. Blocks with large inputs go first, and within a block the largest inputs, which changes no stored
+format. And the weights are first moved to where the layer gives what it gave before the layers in front of it
+were rounded, as far as its changed inputs can (asymmetric calibration, Li et al. 2025, arXiv 2504.02692).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_quantization.affine import (
+    INTEGER_RANGE,
+    QuantizedTensor,
+    quantize,
+    range_scales,
+)
+from medgemma_quantization.methods.method import Rounder
+from medgemma_quantization.methods.search import search_scales
+from medgemma_quantization.observers import Moments
+from medgemma_quantization.scheme import Storage
+
+__all__ = ["gptq", "DAMPING", "DRIFT_DAMPING"]
+
+# Added to the diagonal of the second moment, as shares of its mean.
+DAMPING = 0.01
+DRIFT_DAMPING = 0.1
+
+# Outputs that are rounded at a time: a block of theirs stays in a processor's cache.
+_ROWS = 4096
+
+
+def gptq(storage: Storage, moments: Moments | None) -> Rounder:
+    """A `FindRounder`.
+
+    A second moment that is singular (fewer samples than inputs, an input that is always zero) is damped:
+    what is unknown about the inputs is then taken to be uncorrelated and small.
+
+    Raises:
+        ValueError: If nothing is known about the inputs, or they were always zero.
+    """
+    if moments is None or moments.rows == 0:
+        raise ValueError("GPTQ needs inputs of the layer and no sample reached it")
+    hessian = moments.hessian()
+    mean = float(np.diagonal(hessian).mean())
+    if mean == 0:
+        raise ValueError("the layer's inputs are zero in every sample")
+    move = _movement(hessian, moments.mean_drift(), mean)
+    if storage.bits == 8:
+        return lambda weight: _nearest(_moved(weight, move), storage)
+    order = _order(np.diagonal(hessian), storage.block)
+    factor = _inverse_factor(hessian[np.ix_(order, order)], DAMPING * mean)
+
+    def round_rows(weight: NDArray[np.float32]) -> QuantizedTensor:
+        pieces = [
+            _round(_moved(weight[start : start + _ROWS], move), storage, order, factor)
+            for start in range(0, len(weight), _ROWS)
+        ]
+        return QuantizedTensor(
+            storage=storage,
+            values=np.concatenate([piece.values for piece in pieces]),
+            scales=np.concatenate([piece.scales for piece in pieces]),
+        )
+
+    return round_rows
+
+
+def _moved(weight: NDArray[np.float32], move: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    return weight if move is None else weight + weight @ move
+
+
+def _nearest(weight: NDArray[np.float32], storage: Storage) -> QuantizedTensor:
+    """int8's own error is a hundredth of int4's, and its neighbours' bound leaves no room to shift it."""
+    return quantize(weight, storage, range_scales(weight, storage))
+
+
+def _movement(
+    hessian: NDArray[np.float64], drift: NDArray[np.float64], mean: float
+) -> NDArray[np.float32] | None:
+    """What weights are multiplied with and moved by, [inputs, inputs]; None if no input has changed."""
+    if not drift.any():
+        return None
+    damped = hessian + np.eye(len(hessian)) * (DRIFT_DAMPING * mean)
+    movement: NDArray[np.float32] = np.linalg.solve(damped, drift.T).T.astype(np.float32)
+    return movement
+
+
+def _order(diagonal: NDArray[np.float64], block: int) -> NDArray[np.intp]:
+    """Inputs in the order in which they are rounded: blocks by their sum, and inputs within them."""
+    blocks = diagonal.reshape(-1, block or len(diagonal))
+    first = np.argsort(-blocks.sum(axis=1), kind="stable")
+    within = np.argsort(-blocks, axis=1, kind="stable")
+    return (first[:, None] * blocks.shape[1] + within[first]).reshape(-1)
+
+
+def _inverse_factor(hessian: NDArray[np.float64], damping: float) -> NDArray[np.float32]:
+    """The upper Cholesky factor U of the inverse, `inverse = U.T @ U`: [inputs, inputs].
+
+    Computed without inverting: if `J A J = L L.T` with J reversing the order, `inverse(A) = U.T U` for
+    `U = J inverse(L) J`.
+    """
+    damped = hessian + np.eye(len(hessian)) * damping
+    lower = np.linalg.cholesky(damped[::-1, ::-1])
+    inverse = np.linalg.inv(lower)
+    return np.ascontiguousarray(np.triu(inverse[::-1, ::-1]), dtype=np.float32)
+
+
+def _round(
+    weight: NDArray[np.float32], storage: Storage, order: NDArray[np.intp], factor: NDArray[np.float32]
+) -> QuantizedTensor:
+    # Inputs along the first axis: every step then reads and writes whole rows.
+    left = np.ascontiguousarray(weight.T[order])
+    inputs, outputs = left.shape
+    width = storage.block or inputs
+    values = np.empty((inputs, outputs), np.int8)
+    scales = np.empty((inputs // width, outputs), np.float32)
+    for start in range(0, inputs, width):
+        block, later = slice(start, start + width), slice(start + width, inputs)
+        # The error of an input that its successors cannot make up for is this much of its square.
+        importance = 1 / np.square(np.diagonal(factor)[block])
+        scale = search_scales(left[block].T, storage, importance)[:, 0]
+        values[order[block]], errors = _round_block(left[block], scale, factor[block, block], storage)
+        scales[order[start] // width] = scale
+        left[later] -= factor[block, later].T @ errors
+    return QuantizedTensor(
+        storage=storage, values=np.ascontiguousarray(values.T), scales=np.ascontiguousarray(scales.T)
+    )
+
+
+def _round_block(
+    left: NDArray[np.float32], scale: NDArray[np.float32], factor: NDArray[np.float32], storage: Storage
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round the inputs of one block in turn: the integers, and the errors to spread over later blocks.
+
+    Shapes:
+        left: [block, outputs], changed in place
+        scale: [outputs]
+        factor: [block, block]
+        results: [block, outputs]
+    """
+    low, high = INTEGER_RANGE[storage.bits]
+    values = np.empty(left.shape, np.int8)
+    errors = np.empty_like(left)
+    for step in range(len(left)):
+        rounded = np.clip(np.rint(left[step] / scale), low, high)
+        values[step] = rounded
+        errors[step] = (left[step] - rounded * scale) / factor[step, step]
+        left[step + 1 :] -= factor[step, step + 1 :, None] * errors[step]
+    return values, errors

@@ -1,0 +1,252 @@
+"""Statistics of activations that merge exactly: a large set can be split over processes or machines.
+
+Floating-point sums depend on their order, so each sample's contribution is rounded to a fixed grid and added
+as integers. However samples are dealt out, and in whatever order the parts are merged, the result is the
+same bit for bit, as long as the contribution of each sample is (one machine, or machines with the same
+linear algebra).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_runtime.errors import EdgeError
+
+__all__ = ["ExactSum", "Moments", "Range", "HISTOGRAM_EDGES"]
+
+# An ExactSum holds multiples of 2**-64 (5e-20) up to 2**40 (1e12) in two int64 arrays. The low one takes a
+# million terms before its carries must go to the high one.
+_LOW_BITS = 42
+_LOW_STEP = 2.0**-64
+_HIGH_STEP = _LOW_STEP * 2.0**_LOW_BITS
+_TERMS_PER_CARRY = 1 << 20
+_LARGEST = 2.0**40
+
+# Rows of a second moment that are added at a time: 512 x 10240 doubles are 42 MB.
+_STRIP = 512
+
+# Eight bins for each doubling from 2**-24 to 2**24, on either side of zero.
+_BINS_PER_DOUBLING, _OCTAVES = 8, 24
+_MAGNITUDES = 2.0 ** (
+    np.arange(-_OCTAVES * _BINS_PER_DOUBLING, _OCTAVES * _BINS_PER_DOUBLING + 1) / _BINS_PER_DOUBLING
+)
+HISTOGRAM_EDGES: NDArray[np.float64] = np.concatenate((-_MAGNITUDES[::-1], _MAGNITUDES))
+"""Edges of the bins of `Range.histogram`, fixed so that counts add; the middle bin holds zero."""
+
+
+@dataclass(kw_only=True, eq=False)
+class ExactSum:
+    """A sum of float arrays that does not depend on the order of its terms.
+
+    Each term is cut to a multiple of 2**-64, once, when it is added.
+
+    Attributes:
+        high: int64 multiples of 2**-22.
+        low: int64 multiples of 2**-64.
+        uncarried: Terms since the low part was last brought into [0, 2**42).
+    """
+
+    high: NDArray[np.int64]
+    low: NDArray[np.int64]
+    uncarried: int = 0
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...]) -> "ExactSum":
+        """The empty sum."""
+        return ExactSum(high=np.zeros(shape, np.int64), low=np.zeros(shape, np.int64))
+
+    def add(self, term: NDArray[np.floating], part: tuple[slice, ...] = (slice(None),)) -> None:
+        """Add a term to all of the sum, or to a part of it; each call counts as one term.
+
+        The caller sees to it that the sum stays below 2**40 in magnitude.
+        """
+        if self.uncarried == _TERMS_PER_CARRY:
+            self.carry()
+        scaled = term * (1 / _HIGH_STEP)
+        high = scaled.astype(np.int64)
+        self.high[part] += high
+        # Exact: what is left has the last bits of the term.
+        rest = scaled.astype(np.float64) - high
+        self.low[part] += (rest * 2.0**_LOW_BITS).astype(np.int64)
+        self.uncarried += 1
+
+    def merge(self, other: "ExactSum") -> None:
+        """Add another sum."""
+        for part in (self, other):
+            part.carry()
+        self.high += other.high
+        self.low += other.low
+        self.carry()
+
+    def value(self) -> NDArray[np.float64]:
+        """The sum, rounded to float64."""
+        self.carry()
+        total = self.low.astype(np.float64) * _LOW_STEP
+        total += self.high * _HIGH_STEP
+        return total
+
+    def carry(self) -> None:
+        """Bring the low part into its range: sums that are equal then have equal parts."""
+        carried = self.low >> _LOW_BITS
+        self.high += carried
+        self.low -= carried << _LOW_BITS
+        self.uncarried = 0
+
+
+@dataclass(kw_only=True, eq=False)
+class Moments:
+    """What a layer's inputs were: how many, their mean magnitudes and their second moment.
+
+    Attributes:
+        rows: Input vectors seen.
+        magnitude: Sum of |x|, [inputs].
+        second: Sum of the outer products of x with itself, [inputs, inputs]; its upper triangle counts.
+        drift: Sum of the outer products of what x lacks with x, [inputs, inputs]: the input of the float
+            model, less x, which rounded layers before this one have changed.
+    """
+
+    rows: int
+    magnitude: ExactSum
+    second: ExactSum
+    drift: ExactSum
+
+    @staticmethod
+    def zeros(inputs: int) -> "Moments":
+        """Nothing seen yet."""
+        return Moments(
+            rows=0,
+            magnitude=ExactSum.zeros((inputs,)),
+            second=ExactSum.zeros((inputs, inputs)),
+            drift=ExactSum.zeros((inputs, inputs)),
+        )
+
+    @property
+    def inputs(self) -> int:
+        """Width of the input vectors."""
+        return int(self.magnitude.low.shape[0])
+
+    def add(self, x: NDArray[np.float32], original: NDArray[np.float32] | None = None) -> None:
+        """Add one sample. It must not be split, or its rounding would differ.
+
+        Args:
+            x: [rows, inputs].
+            original: What the float model has in its place; None where that is the same.
+
+        Raises:
+            ValueError: If a value is not finite, or so large that sums of squares leave 2**40.
+        """
+        both = (x,) if original is None else (x, original)
+        peak = float(np.max([np.abs(part).max(initial=0) for part in both]))
+        # NaN fails every comparison. float32 holds the sums of products of a sample to six digits.
+        if not peak**2 * 2 * (self.rows + len(x)) < _LARGEST:
+            raise ValueError(f"activations of {peak:.4g} are not finite, or too large for their squares' sum")
+        lacking = None if original is None else original - x
+        self.rows += len(x)
+        self.magnitude.add(np.abs(x).sum(axis=0, dtype=np.float64))
+        for start in range(0, self.inputs, _STRIP):
+            strip = slice(start, start + _STRIP)
+            self.second.add(x[:, strip].T @ x[:, start:], (strip, slice(start, None)))
+            if lacking is not None:
+                self.drift.add(lacking[:, strip].T @ x, (strip,))
+
+    def merge(self, other: "Moments") -> None:
+        """Add what another process saw.
+
+        Raises:
+            ValueError: If the widths differ.
+        """
+        if other.inputs != self.inputs:
+            raise ValueError(f"statistics of {other.inputs} inputs cannot join those of {self.inputs}")
+        self.rows += other.rows
+        self.magnitude.merge(other.magnitude)
+        self.second.merge(other.second)
+        self.drift.merge(other.drift)
+
+    def hessian(self) -> NDArray[np.float64]:
+        """The mean outer product, [inputs, inputs], exactly symmetric.
+
+        For the squared error of a layer's outputs this is half the matrix of second derivatives with respect
+        to the weights of one output.
+        """
+        mean = self.second.value() / max(self.rows, 1)
+        return np.triu(mean) + np.triu(mean, 1).T
+
+    def mean_drift(self) -> NDArray[np.float64]:
+        """The mean of `drift`, [inputs, inputs]."""
+        return self.drift.value() / max(self.rows, 1)
+
+    def mean_magnitude(self) -> NDArray[np.float64]:
+        """Mean of |x| for each input, [inputs]."""
+        return self.magnitude.value() / max(self.rows, 1)
+
+    def save(self, path: Path) -> None:
+        """Write as .npz, without pickle. Equal statistics make equal arrays."""
+        for part in (self.magnitude, self.second, self.drift):
+            part.carry()
+        with path.open("wb") as file:
+            np.savez(
+                file,
+                rows=np.int64(self.rows),
+                magnitude=np.stack((self.magnitude.high, self.magnitude.low)),
+                second=np.stack((self.second.high, self.second.low)),
+                drift=np.stack((self.drift.high, self.drift.low)),
+            )
+
+    @staticmethod
+    def load(path: Path) -> "Moments":
+        """Read what `save` wrote.
+
+        Raises:
+            EdgeError: If the file is absent or something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                sums = [
+                    ExactSum(high=data[name][0], low=data[name][1])
+                    for name in ("magnitude", "second", "drift")
+                ]
+                return Moments(rows=int(data["rows"]), magnitude=sums[0], second=sums[1], drift=sums[2])
+        except (OSError, EOFError, KeyError, ValueError, IndexError) as error:
+            raise EdgeError(
+                f"{path} holds no calibration statistics ({error}); calibrate again to make it"
+            ) from None
+
+
+@dataclass(kw_only=True, eq=False)
+class Range:
+    """The values of one activation: their ends, and how they are spread.
+
+    Attributes:
+        low: The smallest value; infinite before the first.
+        high: The largest value.
+        histogram: Counts between `HISTOGRAM_EDGES`, with what lies beyond them in the outer bins.
+    """
+
+    low: float = float("inf")
+    high: float = float("-inf")
+    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64))
+
+    def add(self, x: NDArray[np.float32]) -> None:
+        """Add values of any shape.
+
+        Raises:
+            ValueError: If one is not finite.
+        """
+        if x.size == 0:
+            return
+        low, high = float(x.min()), float(x.max())
+        if not np.isfinite((low, high)).all():
+            raise ValueError("an activation is not finite")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        inside = np.clip(x.reshape(-1).astype(np.float64), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+        bins = np.searchsorted(HISTOGRAM_EDGES, inside, side="right") - 1
+        self.histogram += np.bincount(
+            np.minimum(bins, len(self.histogram) - 1), minlength=len(self.histogram)
+        )
+
+    def merge(self, other: "Range") -> None:
+        """Add what another process saw."""
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.histogram += other.histogram

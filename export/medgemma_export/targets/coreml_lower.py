@@ -1,0 +1,235 @@
+"""Builds the functions of a Core ML package and writes it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from medgemma_export.models.spec import Component, ModelSpec
+from medgemma_export.targets.coreml_decoder import StaticDecoder, describe_decoder, prefix
+from medgemma_export.targets.coreml_features import Feature, FunctionFeatures
+from medgemma_export.targets.coreml_mil import (
+    COREMLTOOLS_VERSION,
+    Placeholder,
+    Program,
+    StateTensorPlaceholder,
+    Var,
+    new_function,
+    types,
+)
+from medgemma_export.targets.coreml_ops import SCALES, Cache, CacheSlot, MilOps, StepInputs
+from medgemma_export.targets.coreml_package import WEIGHTS_PATH, WeightFile, write_package
+from medgemma_export.targets.coreml_rows import RowPlaces, describe_embedding, write_rows
+from medgemma_quantization.plan import PackedWeight
+from medgemma_quantization.weights import QuantizedWeights
+from medgemma_runtime.manifest import ComponentEntry, TensorSpec
+
+__all__ = ["Lowering", "DIRECTORY"]
+
+DIRECTORY = "coreml"
+"""Of the packages in an artifact."""
+
+_MIL_TYPES = {"float16": types.fp16, "float32": types.fp32, "int32": types.int32, "image": types.fp32}
+
+
+@dataclass(kw_only=True)
+class Lowering:
+    """One artifact's packages.
+
+    Attributes:
+        model: What is lowered.
+        weights: Where weights come from.
+        directory: Of the artifact.
+        note: Told what was written for each weight.
+    """
+
+    model: ModelSpec
+    weights: QuantizedWeights
+    directory: Path
+    note: Callable[[PackedWeight], None]
+    _rows: dict[str, RowPlaces] = field(default_factory=dict)
+
+    def component(self, component: Component) -> ComponentEntry:
+        """Write a component, and say what goes in and comes out."""
+        (self.directory / DIRECTORY).mkdir(exist_ok=True)
+        if component.name == "embed":
+            return self._embedding(component)
+        program, package = Program(), self.directory / DIRECTORY / f"{component.name}.mlpackage"
+        facts = {
+            "architecture": self.model.architecture,
+            "component": component.name,
+            "com.github.apple.coremltools.version": COREMLTOOLS_VERSION,
+        }
+        with WeightFile(package / WEIGHTS_PATH) as file:
+            if component.name == "decoder" and self.model.prompt is not None:
+                decoder = describe_decoder(component, self.model.prompt)
+                functions = self._decoder_functions(component, decoder, program, file)
+                facts["decoder"] = decoder.to_json()
+                inputs = decoder.specs(self._kind)
+                outputs: Sequence[TensorSpec] = [_like(functions["decode"].outputs[0])]
+            else:
+                functions = self._encoder_function(component, program, file)
+                [features] = functions.values()
+                inputs = tuple(_static(spec, component, features) for spec in component.inputs)
+                outputs = [_static(spec, component, features) for spec in component.outputs]
+        write_package(
+            package,
+            program,
+            file,
+            functions,
+            summary=f"{self.model.architecture}, {component.name}. {self.model.intended_use}",
+            licence=self.model.licence,
+            version=version("medgemma-edge"),
+            facts=facts | {"plan_sha256": self.weights.plan.sha256},
+        )
+        self._remember_rows(package, file)
+        return ComponentEntry(
+            program=f"{DIRECTORY}/{package.name}", inputs=tuple(inputs), outputs=tuple(outputs)
+        )
+
+    @property
+    def _half(self) -> bool:
+        return self.weights.plan.activations == "float16"
+
+    @property
+    def _kind(self) -> Literal["float16", "float32"]:
+        return "float16" if self._half else "float32"
+
+    def _ops(self, file: WeightFile) -> MilOps:
+        return MilOps(weights=self.weights, file=file, note=self.note, half=self._half)
+
+    def _encoder_function(
+        self, component: Component, program: Program, file: WeightFile
+    ) -> dict[str, FunctionFeatures]:
+        """One function from one image or text to its features."""
+        inputs = [_encoder_input(spec) for spec in component.inputs]
+        function = new_function({feature.name: _placeholder(feature) for feature in inputs})
+        with function:
+            ops = self._ops(file)
+            given = dict(function.inputs)
+            for feature in inputs:
+                if feature.kind == "image":
+                    given[feature.name] = self._normalized(ops, given[feature.name])
+            results = component.forward(ops, given)
+            results = {name: ops.output(value, name) for name, value in results.items()}
+            function.set_outputs(list(results.values()))
+        program.add_function("main", function)
+        outputs = [
+            Feature(
+                name=spec.name,
+                kind="float32",
+                shape=tuple(results[spec.name].shape),
+                description=spec.description,
+            )
+            for spec in component.outputs
+        ]
+        return {"main": FunctionFeatures(inputs=inputs, outputs=outputs)}
+
+    def _normalized(self, ops: MilOps, pixels: Var) -> Var:
+        spec = self.model.image
+        if spec is None:
+            raise ValueError("a model that takes images has an image spec")
+        mean, std = np.array(spec.mean), np.array(spec.std)
+        scale, bias = (spec.rescale / std).astype(np.float32), (-mean / std).astype(np.float32)
+        return ops.normalize_pixels(pixels, scale, bias)
+
+    def _decoder_functions(
+        self, component: Component, decoder: StaticDecoder, program: Program, file: WeightFile
+    ) -> dict[str, FunctionFeatures]:
+        """`prefill` and `decode` over the same weights and states."""
+        functions = {}
+        for name, tokens in (("prefill", decoder.chunk), ("decode", 1)):
+            inputs = decoder.inputs(tokens, self._kind, has_last=tokens > 1)
+            states = decoder.states()
+            placeholders = {feature.name: _placeholder(feature) for feature in inputs}
+            placeholders |= {
+                feature.name: StateTensorPlaceholder(feature.shape, dtype=types.fp16) for feature in states
+            }
+            function = new_function(placeholders)
+            with function:
+                ops = self._ops(file)
+                logits = ops.output(_decode(component, decoder, ops, function.inputs), "logits")
+                function.set_outputs([logits])
+            program.add_function(name, function)
+            shape = tuple(logits.shape)
+            output = Feature(name="logits", kind="float32", shape=shape, description="after the last token")
+            functions[name] = FunctionFeatures(inputs=inputs, outputs=[output], states=states)
+        program.default_function_name = "decode"
+        program.export_as_multifunction = True
+        return functions
+
+    def _remember_rows(self, package: Path, file: WeightFile) -> None:
+        """Where tables lie that a package holds as its output head."""
+        path = (package / WEIGHTS_PATH).relative_to(self.directory).as_posix()
+        for row in self.weights.plan.rows:
+            if row.role == "table" and row.name in file.offsets:
+                scales = f"{row.name}{SCALES}"
+                self._rows[row.name] = RowPlaces(
+                    path=path,
+                    values=file.data_offset(row.name),
+                    scales=file.data_offset(scales) if scales in file.offsets else None,
+                )
+
+    def _embedding(self, component: Component) -> ComponentEntry:
+        embedding = describe_embedding(component)
+        path = self.directory / DIRECTORY / "embedding.json"
+        places = self._rows.get(f"{embedding.table.name}.weight")
+        write_rows(path, embedding, self.weights, places, self.note, half=self._half)
+        one = {"batch": 1}
+        return ComponentEntry(
+            program=f"{DIRECTORY}/{path.name}",
+            inputs=tuple(_fixed(spec, one) for spec in component.inputs),
+            outputs=tuple(_fixed(spec, one) for spec in component.outputs),
+        )
+
+
+def _decode(component: Component, decoder: StaticDecoder, ops: MilOps, given: dict[str, Var]) -> Var:
+    """The component's own computation, with states for caches and inputs for masks and rotary tables."""
+    rotary, masks, caches = {}, {}, {}
+    for kind in decoder.kinds:
+        stem = prefix(is_local=kind)
+        rotary[decoder.rotary(is_local=kind)] = (given[f"{stem}_cos"], given[f"{stem}_sin"])
+        masks[kind] = given[f"{stem}_mask"]
+        caches[kind] = Cache(state=given[f"{stem}_cache"], slot=given[f"{stem}_slot"])
+    ops.step = StepInputs(rotary=rotary, masks=masks, last=given.get("last"))
+    inputs: dict[str, Any] = dict.fromkeys((spec.name for spec in component.inputs), None)
+    inputs["inputs_embeds"] = given["inputs_embeds"]
+    counts = {True: 0, False: 0}
+    for layer, kind in enumerate(decoder.layers):
+        slot = CacheSlot(cache=caches[kind], layer=counts[kind])
+        counts[kind] += 1
+        for part in ("key", "value"):
+            inputs[f"past_key_values.{layer}.{part}"] = slot
+    return component.forward(ops, inputs)["logits"]
+
+
+def _encoder_input(spec: TensorSpec) -> Feature:
+    shape = tuple(1 if isinstance(dim, str) else dim for dim in spec.shape)
+    if spec.name == "pixel_values":
+        text = "an RGB image of this size; scale and bias are in the program"
+        return Feature(name=spec.name, kind="image", shape=shape, description=text)
+    return Feature(name=spec.name, kind="int32", shape=shape, description=spec.description)
+
+
+def _placeholder(feature: Feature) -> Placeholder:
+    return Placeholder(feature.shape, dtype=_MIL_TYPES[feature.kind])
+
+
+def _static(spec: TensorSpec, component: Component, features: FunctionFeatures) -> TensorSpec:
+    """A declared input or output with the size that the program gives it."""
+    [feature] = [found for found in (*features.inputs, *features.outputs) if found.name == spec.name]
+    return replace(spec, shape=feature.shape)
+
+
+def _fixed(spec: TensorSpec, sizes: dict[str, int]) -> TensorSpec:
+    shape = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape)
+    return replace(spec, shape=shape)
+
+
+def _like(feature: Feature) -> TensorSpec:
+    return TensorSpec(
+        name=feature.name, dtype="float32", shape=feature.shape, description=feature.description
+    )

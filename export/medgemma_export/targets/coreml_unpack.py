@@ -1,0 +1,114 @@
+"""Reads the weights back from a finished Core ML package, to compare them with what a plan says they are."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_export.models.spec import Component
+from medgemma_export.ops import RmsNorm
+from medgemma_export.plan_ops import PlanOps
+from medgemma_export.targets.coreml_ops import gain_array, identifier
+from medgemma_quantization.affine import unpack_int4
+from medgemma_quantization.weights import QuantizedWeights
+from medgemma_runtime.backends.mil import MilProgram
+from medgemma_runtime.errors import ArtifactError, EdgeError
+
+__all__ = ["compare_package", "compare_rows"]
+
+
+@dataclass
+class _Norms(PlanOps):
+    """Notes the RMS norms of a component, whose gains are stored with the 1 added."""
+
+    norms: dict[str, RmsNorm] = field(default_factory=dict)
+
+    def rms_norm(self, x: None, weight: RmsNorm) -> None:
+        self.norms[f"{weight.name}.weight"] = weight
+        super().rms_norm(x, weight)
+
+
+def compare_package(package: Path, component: Component, weights: QuantizedWeights) -> None:
+    """Hold every weight of a component, integer by integer and scale by scale, against the file that ships.
+
+    Every function is held against the plan.
+
+    Args:
+        package: An .mlpackage that `medgemma_export.targets.coreml` wrote.
+        component: What it computes.
+        weights: The integers, made from checkpoint and plan.
+
+    Raises:
+        ArtifactError: Naming the first weight that is missing, differs, or is stored in another way.
+    """
+    survey = _Norms()
+    component.forward(survey, dict.fromkeys((spec.name for spec in component.inputs), None))
+    program = MilProgram.open(package)
+    for function in program.functions:
+        for name in dict.fromkeys(weight.name for weight in survey.weights):
+            try:
+                stored = program.stored(function, identifier(name))
+            except EdgeError:
+                stored = {}
+            if not all(_same(name, stored, survey.norms.get(name), weights)):
+                raise ArtifactError(
+                    f"{package.name}, function {function}, does not carry {name} as the plan and the "
+                    "checkpoint give it; its weight file is damaged or was made otherwise: export again"
+                )
+
+
+def compare_rows(description: Path, weights: QuantizedWeights, *, table: str) -> None:
+    """Hold the rows that a host looks up against the plan.
+
+    Args:
+        description: The JSON file of an `embed` component.
+        weights: The integers, made from checkpoint and plan.
+        table: The weight that is looked up.
+
+    Raises:
+        ArtifactError: If they differ.
+    """
+    facts = json.loads(description.read_text(encoding="utf-8"))
+    data = np.memmap(description.parent.parent / facts["file"], mode="r")
+    row = weights.plan.by_name[table]
+    if row.storage.is_float:
+        dtype = np.dtype(f"float{row.storage.bits}")
+        expected = [(facts["values_offset"], weights.float(table).astype(dtype))]
+    else:
+        scales = weights.scales(table).astype(facts["scales_dtype"])
+        expected = [
+            (facts["values_offset"], weights.stored_values(table)),
+            (facts["scales_offset"], scales),
+        ]
+    for offset, array in expected:
+        found = data[offset : offset + array.nbytes]
+        if found.tobytes() != array.tobytes():
+            raise ArtifactError(
+                f"{description.name} does not lead to {table} as the plan and the checkpoint give it; "
+                "export again"
+            )
+
+
+def _same(
+    name: str, stored: dict[str, NDArray[Any]], norm: RmsNorm | None, weights: QuantizedWeights
+) -> Iterator[bool]:
+    row = weights.plan.by_name[name]
+    half = weights.plan.activations == "float16"
+    if row.storage.is_float:
+        true = weights.float(name)
+        expected = (
+            gain_array(true, norm, half=half) if norm else true.astype(np.float16 if half else true.dtype)
+        )
+        found = stored.get("val")
+        yield found is not None and found.dtype == expected.dtype and bool(np.array_equal(found, expected))
+        return
+    yield stored.keys() == {"data", "scale"}
+    values = weights.stored_values(name)
+    if row.storage.bits == 4:
+        values = unpack_int4(values.view(np.uint8))
+    yield bool(np.array_equal(stored["data"], values))
+    yield bool(np.array_equal(stored["scale"], weights.scales(name)))

@@ -1,0 +1,246 @@
+"""Lowers components to one ExecuTorch program.
+
+Every component becomes a small module that turns a method's arguments into what the component's `forward`
+takes; `torch.export` traces it, XNNPACK takes its share, and the rest runs in ExecuTorch's kernels.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.config import (
+    ALL_PARTITIONER_CONFIGS,
+    CosConfig,
+    GeluConfig,
+    SinConfig,
+)
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from torch import Tensor, nn
+
+from medgemma_export.models.spec import Component
+from medgemma_export.targets.executorch_program import Constants
+from medgemma_quantization.plan import PackedWeight
+from medgemma_quantization.weights import QuantizedWeights
+from medgemma_runtime.manifest import ImageSpec, PromptSpec
+
+__all__ = ["lower_program", "trace"]
+
+# XNNPACK's sine and cosine are polynomials for small angles, and positions turn by thousands of radians; its
+# GELU is the exact one, whichever form is asked for.
+_LEFT_TO_KERNELS = (SinConfig, CosConfig, GeluConfig)
+
+
+class _Images(nn.Module):
+    """[1, 3, rows, columns] uint8 to what an image component gives.
+
+    With `counts_down` the result is [1, tokens, H + 1], a decoder's embeddings of one image.
+    """
+
+    def __init__(self, component: Component, constants: Constants, image: ImageSpec, tokens: int) -> None:
+        super().__init__()
+        self._component, self.constants, self._rescale = component, constants, image.rescale
+        self.mean = nn.Buffer(torch.tensor(image.mean).reshape(1, 3, 1, 1))
+        self.std = nn.Buffer(torch.tensor(image.std).reshape(1, 3, 1, 1))
+        self.following = nn.Buffer(torch.arange(tokens - 1, -1, -1.0).reshape(1, -1, 1)) if tokens else None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """See the class."""
+        values = (pixels.to(torch.float32) * self._rescale - self.mean) / self.std
+        outputs = self._component.forward(self.constants.ops(), {"pixel_values": values})
+        result: Tensor = next(iter(outputs.values()))
+        if self.following is None:
+            return result
+        return torch.cat((result[None], self.following), -1)
+
+
+class _Texts(nn.Module):
+    """[1, length] ids to a text's embedding."""
+
+    def __init__(self, component: Component, constants: Constants) -> None:
+        super().__init__()
+        self._component, self.constants = component, constants
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """See the class."""
+        outputs = self._component.forward(self.constants.ops(), {"input_ids": ids})
+        result: Tensor = next(iter(outputs.values()))
+        return result
+
+
+class _Tokens(nn.Module):
+    """[1, S] ids to a decoder's embeddings [1, S, H + 1]: no token follows in the same image."""
+
+    def __init__(self, component: Component, constants: Constants) -> None:
+        super().__init__()
+        self._component, self.constants = component, constants
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """See the class."""
+        inputs = {"input_ids": ids, "image_features": None}
+        [result] = self._component.forward(self.constants.ops(), inputs).values()
+        return torch.nn.functional.pad(result, (0, 1))
+
+
+class _Decoder(nn.Module):
+    """Embeddings [1, S, H + 1] at positions [S] to the logits after the last of them, [1, 1, vocabulary]."""
+
+    def __init__(
+        self, component: Component, constants: Constants, caches: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        super().__init__()
+        self._component, self.constants = component, constants
+        self._caches = {name: name.replace(".", "__") for name in caches}
+        for name, shape in caches.items():
+            self.register_buffer(self._caches[name], torch.zeros(shape), persistent=False)
+
+    def forward(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """See the class."""
+        inputs = {
+            "inputs_embeds": embeddings[..., :-1],
+            "position_ids": positions[None],
+            "image_blocks": embeddings[..., -1],
+            "attention_mask": None,
+            "local_start": None,
+        }
+        caches = {name: getattr(self, held) for name, held in self._caches.items()}
+        logits: Tensor = self._component.forward(self.constants.ops(), inputs | caches)["logits"]
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A component, ready for `torch.export`."""
+
+    module: nn.Module
+    arguments: tuple[Tensor, ...]
+    dynamic_shapes: tuple[dict[int, Any] | None, ...]
+
+
+def trace(
+    component: Component,
+    weights: QuantizedWeights,
+    note: Callable[[PackedWeight], None],
+    *,
+    image: ImageSpec | None,
+    prompt: PromptSpec | None,
+    step: int,
+) -> torch.export.ExportedProgram:
+    """A component as PyTorch's exporter sees it, before anything is packed."""
+    with _quiet(), torch.no_grad():
+        traced = _traced(component, weights, note, image=image, prompt=prompt, step=step)
+        return torch.export.export(
+            traced.module, traced.arguments, dynamic_shapes=traced.dynamic_shapes, strict=False
+        )
+
+
+def _traced(
+    component: Component,
+    weights: QuantizedWeights,
+    note: Callable[[PackedWeight], None],
+    *,
+    image: ImageSpec | None,
+    prompt: PromptSpec | None,
+    step: int,
+) -> Traced:
+    context = prompt.context if prompt else 1
+    constants = Constants(component, weights, note, step=step, context=context)
+    sequence = torch.export.Dim("sequence", min=1, max=max(2, step))  # a range of one is refused
+    shapes = {spec.name: spec.shape for spec in component.inputs}
+    match component.name:
+        case "image" | "vision":
+            assert image is not None
+            tokens = prompt.tokens_per_image if prompt and component.name == "vision" else 0
+            pixels = torch.zeros((1, 3, image.height, image.width), dtype=torch.uint8)
+            return Traced(
+                module=_Images(component, constants, image, tokens),
+                arguments=(pixels,),
+                dynamic_shapes=(None,),
+            )
+        case "text":
+            ids = torch.zeros((1, int(shapes["input_ids"][1])), dtype=torch.int64)
+            return Traced(module=_Texts(component, constants), arguments=(ids,), dynamic_shapes=(None,))
+        case "embed":
+            ids = torch.zeros((1, 2), dtype=torch.int64)
+            return Traced(
+                module=_Tokens(component, constants), arguments=(ids,), dynamic_shapes=({1: sequence},)
+            )
+        case "decoder":
+            assert prompt is not None
+            local = min(context, (prompt.window or 1) - 1 + step)
+            caches = {
+                name: (1, local if shape[2] == "past_local" else context, int(shape[1]), int(shape[3]))
+                for name, shape in shapes.items()
+                if name.startswith("past_key_values.")
+            }
+            width = int(shapes["inputs_embeds"][2])
+            return Traced(
+                module=_Decoder(component, constants, caches),
+                arguments=(torch.zeros(1, 2, width + 1), torch.arange(2)),
+                dynamic_shapes=({1: sequence}, {0: sequence}),
+            )
+    raise ValueError(f"no method is known for the component {component.name!r}")
+
+
+def lower_program(
+    programs: Mapping[str, torch.export.ExportedProgram],
+    constants: Mapping[str, Any],
+    path: Path,
+    *,
+    with_xnnpack: bool,
+) -> dict[str, tuple[int, int]]:
+    """Write exported methods as one program.
+
+    Args:
+        programs: By method name.
+        constants: What the methods that only return a constant return.
+        path: The .pte file.
+        with_xnnpack: Whether XNNPACK takes what it can.
+
+    Returns:
+        For each method, how many operations XNNPACK took, and how many were left to kernels.
+    """
+    kept = [config for config in ALL_PARTITIONER_CONFIGS if config not in _LEFT_TO_KERNELS]
+    partitioners = [XnnpackPartitioner(configs=kept)] if with_xnnpack else []
+    with _quiet(), torch.no_grad():
+        edge = to_edge_transform_and_lower(
+            dict(programs),
+            partitioner=dict.fromkeys(programs, partitioners),
+            constant_methods=dict(constants),
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        )
+        shares = {name: _share(edge.exported_program(name)) for name in programs}
+        lowered = edge.to_executorch(
+            ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=False))
+        )
+    with path.open("wb") as file:
+        lowered.write_to_file(file)
+    return shares
+
+
+def _share(program: torch.export.ExportedProgram) -> tuple[int, int]:
+    """Operations in the delegate's subgraphs, and those outside."""
+    taken = left = 0
+    for node in program.graph_module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if "executorch_call_delegate" in str(node.target):
+            module = getattr(program.graph_module, node.args[0].target)
+            inside = module.original_module.graph_module.graph.nodes
+            taken += sum(1 for inner in inside if inner.op == "call_function")
+        elif "getitem" not in str(node.target):
+            left += 1
+    return taken, left
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of the exporter's own libraries, which no user can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,259 @@
+"""The operations as ExecuTorch runs them: PyTorch, written so that XNNPACK takes all between two attentions.
+
+What XNNPACK cannot take splits a program, and every split costs a thread start. Hence the forms below:
+
+- a mean over the last axis is a product with a row of ones, because XNNPACK has no such mean;
+- GELU's tanh form is spelled out, because XNNPACK would compute the exact form in its place;
+- q and k are made in two halves, as rotary embedding pairs them, because XNNPACK cannot cut an axis of a
+  tensor of free length;
+- attention is ExecuTorch's fused kernel, over keys that lie in buffers of the program.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from executorch.extension.llm.custom_ops import custom_ops as _register_attention  # noqa: F401
+from torch import Tensor
+from torch.nn import functional
+
+from medgemma_export.ops import (
+    Activation,
+    HeadProjection,
+    Heads,
+    LayerNorm,
+    Linear,
+    Parameter,
+    PatchEmbedding,
+    RmsNorm,
+    Rotary,
+    Table,
+)
+
+__all__ = ["ExecutorchOps", "Mask", "HALVES"]
+
+HALVES = ("first", "second")
+"""The parts of a head that rotary embedding pairs: of each head's rows the first half, and the second."""
+
+# Not infinite: a block of keys that are all unseen would give 0 / 0 in the kernel's running softmax.
+_UNSEEN = -1e30
+
+# Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2.
+_GELU_SLOPE, _GELU_CUBIC = (2 / math.pi) ** 0.5, 0.044715
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Which key each new query sees, and where in the buffers the new keys go.
+
+    Attributes:
+        values: [S, L] float32, 0 where a key is seen and very negative elsewhere; L keys lie in a buffer.
+        slots: [1, S] int64, rows of the buffers.
+        length: L.
+    """
+
+    values: Tensor
+    slots: Tensor
+    length: int
+
+
+@dataclass(kw_only=True)
+class ExecutorchOps:
+    """An `Ops[Tensor]` for `torch.export`, one sequence at a time.
+
+    Attributes:
+        floats: Float weights by name; gains of `RmsNorm` have their 1 added, and those of heads' norms are
+            found by name and half.
+        matrices: Matrices and tables by name, as `functional.linear` takes them; those of q and k by name and
+            half.
+        look_up: Rows of a table by name and ids.
+        frequencies: [D / 2], turns of each pair at position 1.
+        averages: [1, n] filled with 1 / width, by n and width.
+        step: Tokens of one call at most.
+        context: Rows of the buffers of layers without a window.
+    """
+
+    floats: Mapping[str, Tensor]
+    matrices: Mapping[str, Tensor]
+    look_up: Callable[[str, Tensor], Tensor]
+    frequencies: Mapping[Rotary, Tensor]
+    averages: Mapping[tuple[int, int], Tensor]
+    step: int
+    context: int
+    _angles: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def patch_embedding(self, pixels: Tensor, weight: PatchEmbedding) -> Tensor:
+        """See `Ops`."""
+        kernel, bias = self.floats[f"{weight.name}.weight"], self.floats[f"{weight.name}.bias"]
+        return functional.conv2d(pixels, kernel, bias, stride=weight.patch).flatten(2).transpose(1, 2)
+
+    def embed(self, ids: Tensor, table: Table) -> Tensor:
+        """See `Ops`."""
+        return self.look_up(f"{table.name}.weight", ids)
+
+    def add_positions(self, x: Tensor, positions: Parameter) -> Tensor:
+        """See `Ops`."""
+        return x + self.floats[positions.name]
+
+    def linear(self, x: Tensor, weight: Linear) -> Tensor:
+        """See `Ops`."""
+        bias = self.floats[f"{weight.name}.bias"] if weight.bias else None
+        return functional.linear(x, self.matrices[f"{weight.name}.weight"], bias)
+
+    def project_together(self, x: Tensor, weights: tuple[Linear, ...]) -> tuple[Tensor, ...]:
+        """See `Ops`."""
+        return tuple(self.linear(x, weight) for weight in weights)
+
+    def mlp(self, x: Tensor, up: Linear, down: Linear, activation: Activation) -> Tensor:
+        """See `Ops`."""
+        return self.linear(_gelu(self.linear(x, up)), down)
+
+    def layer_norm(self, x: Tensor, weight: LayerNorm) -> Tensor:
+        """See `Ops`."""
+        gain, shift = self.floats[f"{weight.name}.weight"], self.floats[f"{weight.name}.bias"]
+        return functional.layer_norm(x, (weight.width,), gain, shift, weight.eps)
+
+    def residual_add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """See `Ops`."""
+        return x + branch
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, scale: float) -> Tensor:
+        """See `Ops`."""
+        q, k, v = _pieces(q, heads.query), _pieces(k, heads.kv), _pieces(v, heads.kv)
+        # The kernel looks at `start + queries` keys.
+        start = k.shape[1] - q.shape[1]
+        return _join(torch.ops.llama.custom_sdpa(q, k, v, start, None, 0.0, False, scale))
+
+    def expand(self, parameter: Parameter, like: Tensor) -> Tensor:
+        """See `Ops`."""
+        return self.floats[parameter.name]
+
+    def token(self, x: Tensor, index: int) -> Tensor:
+        """See `Ops`."""
+        return x[:, -1:] if index == -1 else x[:, index : index + 1]
+
+    def scaled_embed(self, ids: Tensor, table: Table, scale: float) -> Tensor:
+        """See `Ops`."""
+        return self.embed(ids, table) * scale
+
+    def place_images(self, embeddings: Tensor, ids: Tensor, features: Tensor, image_id: int) -> Tensor:
+        """See `Ops`. Left to who runs the program: ExecuTorch's runners give images and texts by turns."""
+        return embeddings
+
+    def rms_norm(self, x: Tensor, weight: RmsNorm) -> Tensor:
+        """See `Ops`."""
+        unit = torch.rsqrt(self._mean_square(x, weight.width) + weight.eps)
+        return x * unit * self.floats[f"{weight.name}.weight"]
+
+    def residual_norm(self, x: Tensor, branch: Tensor, weight: RmsNorm) -> tuple[Tensor, Tensor]:
+        """See `Ops`."""
+        total = x + branch
+        return total, self.rms_norm(total, weight)
+
+    def average_pool(self, x: Tensor, side: int, window: int) -> Tensor:
+        """See `Ops`."""
+        grid = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], side, side)
+        return functional.avg_pool2d(grid, window).flatten(2).transpose(1, 2)
+
+    def join_batch(self, x: Tensor) -> Tensor:
+        """See `Ops`."""
+        return x.flatten(0, 1)
+
+    def gated_mlp(self, x: Tensor, gate: Linear, up: Linear, down: Linear, activation: Activation) -> Tensor:
+        """See `Ops`."""
+        return self.linear(_gelu(self.linear(x, gate)) * self.linear(x, up), down)
+
+    def project_heads(
+        self, x: Tensor, weights: HeadProjection, positions: Tensor, rotary: Rotary, heads: Heads
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Ops`."""
+        if rotary not in self._angles:  # the layers share them
+            turned = positions[..., None, None] * self.frequencies[rotary]
+            self._angles[rotary] = turned.cos(), turned.sin()
+        angles = self._angles[rotary]
+        q = self._rotated(x, weights.query, weights.query_norm, angles, heads.query)
+        k = self._rotated(x, weights.key, weights.key_norm, angles, heads.kv)
+        return q, k, self.linear(x, weights.value)
+
+    def mask(
+        self, positions: Tensor, blocks: Tensor, attention_mask: None, start: None, window: int | None
+    ) -> Mask:
+        """See `Ops`. `blocks` are how many tokens of the same image follow, [1, S] float32."""
+        position = positions[0]
+        new: int = position.shape[0]
+        first: Any = position[0].item()  # an integer that is known only when the program runs
+        torch._check(first >= 0)  # type: ignore[no-untyped-call]
+        torch._check(first + new <= self.context)  # type: ignore[no-untyped-call]
+        if window is None:
+            length, key = first + new, torch.arange(first + new)
+            slots = position
+        else:
+            rows = min(self.context, window - 1 + self.step)
+            length = torch.sym_min(first + new, rows)  # type: ignore[no-untyped-call]
+            last = position[-1:]
+            key = last - torch.remainder(last - torch.arange(length), rows)
+            slots = torch.remainder(position, rows)
+        seen = key[None] <= (position + blocks[0].to(torch.int64))[:, None]
+        if window is not None:
+            seen = seen & (position[:, None] - key[None] < window)
+        return Mask(values=torch.where(seen, 0.0, _UNSEEN), slots=slots[None], length=length)
+
+    def cached_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        mask: Mask,
+        heads: Heads,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Ops`. The caches are buffers [1, rows, kv, D] of the program, written in place."""
+        for new, cache in ((k, past_key), (v, past_value)):
+            torch.ops.llama.update_cache_with_indices(_pieces(new, heads.kv), cache, 0, mask.slots)
+        # With a mask the kernel looks at all keys it is given.
+        keys, values = past_key[:, : mask.length], past_value[:, : mask.length]
+        y = torch.ops.llama.custom_sdpa(
+            _pieces(q, heads.query), keys, values, 0, mask.values, 0.0, False, scale
+        )
+        return _join(y), past_key, past_value
+
+    def logits(self, x: Tensor, table: Table) -> Tensor:
+        """See `Ops`."""
+        return functional.linear(x, self.matrices[f"{table.name}.weight"])
+
+    def _rotated(
+        self, x: Tensor, weight: Linear, norm: RmsNorm, angles: tuple[Tensor, Tensor], heads: int
+    ) -> Tensor:
+        first, second = (
+            _pieces(functional.linear(x, self.matrices[f"{weight.name}.weight.{half}"]), heads)
+            for half in HALVES
+        )
+        mean = self._mean_square(first, norm.width) + self._mean_square(second, norm.width)
+        unit = torch.rsqrt(mean + norm.eps)
+        gains = [self.floats[f"{norm.name}.weight.{half}"] for half in HALVES]
+        first, second = first * unit * gains[0], second * unit * gains[1]
+        cos, sin = angles
+        return _join(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
+
+    def _mean_square(self, x: Tensor, width: int) -> Tensor:
+        """`sum(x ** 2) / width` over the last axis, which may be only a part of the width."""
+        return functional.linear(x * x, self.averages[x.shape[-1], width])
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """The tanh form: `x * sigmoid(2 u)` where the usual notation has `x * (1 + tanh(u)) / 2`."""
+    return x * torch.sigmoid((x * x * (2 * _GELU_SLOPE * _GELU_CUBIC) + 2 * _GELU_SLOPE) * x)
+
+
+def _pieces(x: Tensor, count: int) -> Tensor:
+    """[1, S, count * D] to [1, S, count, D]."""
+    return x.view(1, -1, count, x.shape[-1] // count)
+
+
+def _join(x: Tensor) -> Tensor:
+    """[1, S, count, D] to [1, S, count * D]."""
+    return x.view(1, -1, x.shape[2] * x.shape[3])

@@ -1,0 +1,127 @@
+"""What the ExecuTorch target refuses, and that XNNPACK computes what the packing reference says it does."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("executorch")
+
+from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
+from medgemma_export.emulation import executorch_integer_linear  # noqa: E402
+from medgemma_export.models import load_model  # noqa: E402
+from medgemma_export.targets.executorch import ExecutorchTarget  # noqa: E402
+from medgemma_quantization.affine import quantize, range_scales  # noqa: E402
+from medgemma_quantization.plan import make_plan  # noqa: E402
+from medgemma_quantization.scheme import INT4, INT8, INT8_BLOCKS, SCHEMES, Storage  # noqa: E402
+from medgemma_runtime.errors import EdgeError  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torchao and torch.export, about their own insides
+
+
+@pytest.fixture(scope="module")
+def medgemma():
+    return load_model(open_checkpoint("sample:medgemma-tiny"))
+
+
+def refusal(model, scheme, delegate="xnnpack"):
+    with pytest.raises(EdgeError) as caught:
+        ExecutorchTarget(delegate=delegate).check(model, make_plan(scheme, model.weights()))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_what_the_command_line_offers_is_taken(medgemma, model, precision):
+    target = ExecutorchTarget()
+    for each in (medgemma, model):
+        target.check(each, make_plan(target.scheme(precision), each.weights()))
+    ExecutorchTarget(delegate="portable").check(medgemma, make_plan(SCHEMES["fp32"], medgemma.weights()))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "delegate", "message"),
+    [
+        (SCHEMES["fp16"], "xnnpack", "float16, and XNNPACK multiplies float32"),
+        (SCHEMES["int8"], "xnnpack", "int8 block 32, and XNNPACK multiplies int8 per channel only"),
+        (
+            replace(SCHEMES["int4"], linear=Storage(bits=4, block=16)),
+            "xnnpack",
+            "take blocks of 32 or a multiple",
+        ),
+        (replace(SCHEMES["int4"], activations="float"), "xnnpack", "keeps activations float, and XNNPACK"),
+        (SCHEMES["int4"], "portable", "portable kernels multiply floats only; use --precision fp32"),
+        (SCHEMES["int4"], "qnn", "QNN_SDK_ROOT"),
+        (SCHEMES["int4"], "vulkan", "glslc"),
+        (SCHEMES["int4"], "openvino", "nncf"),
+        (SCHEMES["int4"], "coreml", "--target coreml"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_remedy(medgemma, scheme, delegate, message):
+    assert message in refusal(medgemma, scheme, delegate)
+
+
+@pytest.mark.parametrize(
+    ("context", "message"), [(20, "a context of 20 tokens holds no question"), (10**7, "4096")]
+)
+def test_a_context_must_hold_a_question_and_fit_memory(medgemma, context, message):
+    limited = replace(medgemma, prompt=replace(medgemma.prompt, context=context))
+    assert message in refusal(limited, SCHEMES["int4"])
+
+
+@pytest.mark.parametrize("storage", [INT4, INT8])
+def test_the_emulation_equals_the_kernel(storage, tmp_path):
+    from executorch.runtime import Runtime
+
+    from medgemma_export.targets.executorch_lower import lower_program
+    from medgemma_export.targets.executorch_program import integers
+
+    class Product(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight)
+
+    rng = np.random.default_rng(3)
+    matrix = rng.normal(size=(48, 96)).astype(np.float32)
+    tensor = quantize(matrix, storage, range_scales(matrix, storage))
+    # Rows on one side of zero, on both, and all zero: each has its own range.
+    x = torch.from_numpy(rng.normal(size=(1, 4, 96)).astype(np.float32))
+    x = torch.cat((x, x.abs(), -x.abs(), torch.zeros(1, 1, 96)), 1)
+    module = Product(integers(tensor.values, tensor.scales, storage))
+    exported = torch.export.export(module, (x,), strict=False)
+    path = tmp_path / "product.pte"
+    shares = lower_program({"forward": exported}, {}, path, with_xnnpack=True)
+    assert shares["forward"][1] == 0
+    [actual] = Runtime.get().load_program(path).load_method("forward").execute([x])
+    expected = executorch_integer_linear(x, tensor)
+    assert (actual - expected).abs().max() < 2e-5
+    # What the comparison would miss if activations were left alone.
+    assert (actual - x @ torch.from_numpy(tensor.dequantize()).T).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("storage", [INT4, INT8, INT8_BLOCKS])
+def test_a_table_is_looked_up_as_its_integers_say(storage, tmp_path):
+    from executorch.runtime import Runtime
+
+    from medgemma_export.targets.executorch_lower import lower_program
+    from medgemma_export.targets.executorch_program import look_up, pack_table
+
+    class Rows(torch.nn.Module):
+        def __init__(self, values, scales):
+            super().__init__()
+            self.values, self.scales = torch.nn.Buffer(values), torch.nn.Buffer(scales)
+
+        def forward(self, ids):
+            return look_up(self.values, self.scales, ids, storage)
+
+    rng = np.random.default_rng(4)
+    matrix = rng.normal(size=(7, 64)).astype(np.float32)
+    tensor = quantize(matrix, storage, range_scales(matrix, storage))
+    module = Rows(*(torch.from_numpy(part) for part in pack_table(tensor)))
+    ids, path = torch.tensor([[6, 0]]), tmp_path / "rows.pte"
+    lower_program({"forward": torch.export.export(module, (ids,), strict=False)}, {}, path, with_xnnpack=True)
+    [rows] = Runtime.get().load_program(path).load_method("forward").execute([ids])
+    assert np.array_equal(rows[0].numpy(), tensor.dequantize()[[6, 0]])

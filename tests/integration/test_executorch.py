@@ -1,0 +1,262 @@
+"""ExecuTorch artifacts of the samples, run by our runtime and held against PyTorch over the same weights."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("executorch")
+
+from medgemma_export import build as build_module
+from medgemma_export.build import build, decide
+from medgemma_export.recipe import Recipe
+from medgemma_export.targets import TARGETS
+from medgemma_export.torch_ops import compute
+from medgemma_export.unpack import compare_integers
+from medgemma_quantization.weights import QuantizedWeights, quantize_weights
+from medgemma_runtime.backends import open_session
+from medgemma_runtime.backends.executorch import ExecutorchSession
+from medgemma_runtime.decoder import Decoder
+from medgemma_runtime.embed import Embedder
+from medgemma_runtime.errors import ArtifactError, EdgeError
+from medgemma_runtime.generate import GenerateOptions, Generator
+from medgemma_runtime.images import normalize, resize
+from medgemma_runtime.prompt import Image, Message, Text
+from medgemma_runtime.text import load_tokenizer
+from tests.export.short_medgemma import load_short_model
+
+# Of torchao and torch.export, about their own insides.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LENGTH = 620  # the sample's window is 32, and its rings have 31 + 512 rows
+IMAGE = slice(40, 56)
+
+
+class Built:
+    """An artifact, what it was made of, and the integers."""
+
+    def __init__(self, directory, *, model, precision, target="executorch", components=()):
+        scheme = TARGETS["executorch"].scheme(precision)
+        context = 700 if "medgemma" in model else None
+        recipe = Recipe(
+            model=model,
+            revision=None,
+            target=target,
+            scheme=scheme,
+            components=components,
+            out=directory / f"{target}-{precision}",
+            context=context,
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            if "medgemma" in model:
+                patch.setattr(build_module, "load_model", load_short_model)
+                patch.setattr(build_module, "check_tensors", lambda *_: None)
+            self.artifact, decision = build(recipe, progress=lambda *_: None), decide(recipe)
+        self.parts = {component.name: component for component in decision.model.components}
+        self.weights = quantize_weights(
+            decision.plan, decision.model.reader(decision.checkpoint), directory / f"weights-{precision}"
+        )
+
+    def decoder(self):
+        sessions = (open_session(self.artifact, name, threads=1) for name in ("embed", "decoder"))
+        return Decoder(*sessions, self.artifact.manifest.prompt)
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    return Built(tmp_path_factory.mktemp("floats"), model="sample:medgemma-tiny", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("integers")
+    return Built(directory, model="sample:medgemma-tiny", precision="int4", components=("embed", "decoder"))
+
+
+@pytest.fixture(scope="module")
+def conversation(floats):
+    rng = np.random.default_rng(9)
+    ids = rng.integers(5, 200, LENGTH)
+    blocks = np.full(LENGTH, -1)
+    ids[IMAGE], blocks[IMAGE] = floats.artifact.manifest.prompt.image_id, 0
+    features = rng.normal(size=(16, 64)).astype(np.float32)
+    return ids, blocks, features
+
+
+def counted(features):
+    """Features as the program's vision encoder gives them: one column more says how many follow."""
+    return np.concatenate([features, np.arange(15, -1, -1, dtype=np.float32)[:, None]], 1)
+
+
+def all_at_once(built, conversation, length, **rounding):
+    """The logits after `length` tokens, without caches."""
+    ids, blocks, features = conversation
+    decoder = built.parts["decoder"]
+    inputs = {"input_ids": ids[None, :length], "image_features": features}
+    x = compute(built.parts["embed"], built.weights, inputs)["inputs_embeds"]
+    past = {
+        spec.name: np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32)
+        for spec in decoder.inputs
+        if spec.name.startswith("past")
+    }
+    inputs = {
+        "inputs_embeds": x,
+        "position_ids": np.arange(length)[None],
+        "image_blocks": blocks[None, :length],
+        "attention_mask": np.ones((1, length), np.int64),
+        "local_start": np.array([0]),
+    }
+    return compute(decoder, built.weights, inputs | past, **rounding)["logits"][0, 0]
+
+
+def test_the_decoder_equals_everything_at_once(floats, conversation):
+    ids, blocks, features = conversation
+    decoder = floats.decoder()
+    cache = decoder.new_cache(LENGTH)
+    logits = decoder.read(cache, ids[:90], image_blocks=blocks[:90], image_features=counted(features))
+    assert np.abs(logits - all_at_once(floats, conversation, 90)).max() < 1e-4
+    logits = decoder.read(cache, ids[90:600])
+    assert np.abs(logits - all_at_once(floats, conversation, 600)).max() < 1e-4
+    for length in range(601, LENGTH + 1):
+        logits = decoder.read(cache, ids[length - 1 : length])
+    assert np.abs(logits - all_at_once(floats, conversation, LENGTH)).max() < 1e-4
+
+
+def test_without_the_count_the_image_is_read_like_text(floats, conversation):
+    """What the comparison above would miss if the mask did nothing."""
+    ids, blocks, features = conversation
+    decoder, features = floats.decoder(), counted(features)
+    features[:, -1] = 0
+    logits = decoder.read(decoder.new_cache(90), ids[:60], image_blocks=blocks[:60], image_features=features)
+    assert np.abs(logits - all_at_once(floats, conversation, 60)).max() > 1e-3
+
+
+def test_one_conversation_at_a_time(floats, conversation):
+    ids, _, _ = conversation
+    decoder = floats.decoder()
+    first, second = decoder.new_cache(50), decoder.new_cache(50)
+    decoder.read(first, ids[:5])
+    decoder.read(second, ids[:5])
+    with pytest.raises(EdgeError, match="holds the keys of one conversation at a time"):
+        decoder.read(first, ids[5:6])
+    decoder.read(second, ids[5:6])
+
+
+def test_pixels_go_in_as_they_are(floats):
+    manifest = floats.artifact.manifest
+    rng = np.random.default_rng(2)
+    resized = resize(rng.integers(0, 256, (60, 80, 3), np.uint8), manifest.image)
+    pixels = normalize(resized, manifest.image)[None]
+    session = open_session(floats.artifact, "vision", threads=1)
+    actual = session.run({"pixel_values": resized.transpose(2, 0, 1)[None]})["image_features"]
+    expected = compute(floats.parts["vision"], floats.weights, {"pixel_values": pixels})["image_features"]
+    assert np.abs(actual - counted(expected)).max() < 1e-4
+    assert np.array_equal(session.run({"pixel_values": pixels})["image_features"], actual)
+    with pytest.raises(EdgeError, match="8-bit image"):
+        session.run({"pixel_values": pixels * np.float32(1.01)})
+
+
+def test_an_image_is_answered_twice_alike(floats):
+    image = np.random.default_rng(5).integers(0, 256, (50, 50, 3), np.uint8)
+    with Generator(floats.artifact, threads=1) as generator:
+        answers = [
+            generator.generate(
+                [Message(role="user", parts=(Image(), Text("What is this?")))],
+                [image],
+                options=GenerateOptions(max_tokens=6),
+            )
+            for _ in range(2)
+        ]
+    assert answers[0].ids == answers[1].ids
+    assert len(answers[0].ids) > 0
+
+
+def test_every_target_carries_the_same_integers(integers, tmp_path):
+    from medgemma_export.targets.executorch_unpack import compare_program
+
+    onnx = Built(
+        tmp_path,
+        model="sample:medgemma-tiny",
+        precision="int4",
+        target="onnx",
+        components=("embed", "decoder"),
+    )
+    other = onnx.artifact.manifest.quantization.plan_sha256
+    assert integers.artifact.manifest.quantization.plan_sha256 == other
+    program = integers.artifact.path("model.pte")
+    for name, component in integers.parts.items():
+        compare_program(program, component, integers.weights)
+        compare_integers(
+            onnx.artifact.path(onnx.artifact.component(name).program), component, integers.weights
+        )
+    changed = OneChanged(**vars(integers.weights))
+    for component in integers.parts.values():
+        with pytest.raises(ArtifactError, match=r"model.pte does not carry language_model"):
+            compare_program(program, component, changed)
+
+
+class OneChanged(QuantizedWeights):
+    def quantized(self, name, rows=None):
+        tensor = super().quantized(name, rows)
+        values = tensor.values.copy()
+        values[-1, -1] ^= 1
+        return replace(tensor, values=values)
+
+
+def test_integers_compute_what_their_reference_says(integers, conversation):
+    """A rounding of activations that falls the other way moves on from layer to layer; most do not."""
+    ids, blocks, features = conversation
+    decoder = integers.decoder()
+    cache = decoder.new_cache(90)
+    actual = decoder.read(cache, ids[:90], image_blocks=blocks[:90], image_features=counted(features))
+    expected = all_at_once(integers, conversation, 90, integer_linear=TARGETS["executorch"].integer_linear())
+    cosine = actual @ expected / np.linalg.norm(actual) / np.linalg.norm(expected)
+    assert cosine > 0.999
+
+
+def test_the_shared_runners_constants_are_there(integers):
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(integers.artifact.path("model.pte"))
+    prompt = integers.artifact.manifest.prompt
+    for name, value in (
+        ("get_bos_id", prompt.bos_id),
+        ("get_max_context_len", 700),
+        ("get_max_seq_len", 512),
+        ("use_kv_cache", True),
+    ):
+        assert program.load_method(name).execute([]) == [value]
+
+
+def test_a_damaged_or_foreign_program_is_refused(integers, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(integers.artifact.directory, directory)
+    artifact = replace(integers.artifact, directory=directory)
+    with pytest.raises(ArtifactError, match="no method 'vision_encoder'"):
+        entries = artifact.manifest.components | {"vision": artifact.component("embed")}
+        ExecutorchSession(
+            replace(artifact, manifest=replace(artifact.manifest, components=entries)), "vision"
+        )
+    program = directory / "model.pte"
+    program.write_bytes(program.read_bytes()[:5000])
+    with pytest.raises(ArtifactError, match="cannot be loaded by ExecuTorch"):
+        ExecutorchSession(artifact, "decoder")
+
+
+def test_an_encoder_embeds_images_and_texts(tmp_path):
+    built = Built(tmp_path, model="sample:medsiglip-tiny", precision="int8")
+    image = np.random.default_rng(6).integers(0, 256, (40, 50, 3), np.uint8)
+    with Embedder(built.artifact, threads=1) as embedder:
+        seen, read = embedder.embed_images([image]), embedder.embed_texts(["a scan"])
+    pixels = normalize(resize(image, built.artifact.manifest.image), built.artifact.manifest.image)[None]
+    ids = load_tokenizer(built.artifact.directory, built.artifact.manifest.text).encode(["a scan"])
+    rounding = TARGETS["executorch"].integer_linear()
+    for name, actual, inputs in (
+        ("image", seen, {"pixel_values": pixels}),
+        ("text", read, {"input_ids": ids}),
+    ):
+        outputs = compute(built.parts[name], built.weights, inputs, integer_linear=rounding)
+        expected = outputs["pooler_output"][0]
+        assert actual[0] @ expected / np.linalg.norm(expected) > 0.999

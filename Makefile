@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev \
-	  --editable ".[export,dicom,sample,bench]"
+	  --editable ".[export,executorch,dicom,sample,bench]"
 	touch $@
 
 demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -39,6 +39,9 @@ demo: $(VENV)/.installed
 	    --out $(OUT)/latency-$$precision.json || exit; \
 	done
 	medgemma-export --target onnx --model sample:medgemma-tiny --precision int4 --out $(OUT)/medgemma-int4
+	medgemma-reference record --model sample:medgemma-tiny --out $(OUT)/medgemma-reference
+	medgemma-parity $(OUT)/medgemma-int4 --reference $(OUT)/medgemma-reference \
+	  --out $(OUT)/parity-medgemma-int4.json
 	medgemma-run generate $(OUT)/medgemma-int4 --max-tokens 12 --prompt "Describe this image." --image \
 	  "$$(python -c 'from medgemma_runtime.sample_images import *; print(sample_image_path(SAMPLE_IMAGES[0]))')"
 	medgemma-report $(OUT)/parity-*.json $(OUT)/latency-*.json --out $(OUT)/report

@@ -5,12 +5,18 @@
     images/NAME.png      each image as decoded RGB, lossless
     programs/NAME.onnx   of a packing reference: a component's exact form, to run over the artifact's weights
 
-Two kinds share the form. `float` is the original model in floating point. `packing` is the original model
+Three kinds share the form. `float` is an encoder of images and texts in floating point. `packing` is the same
 carrying the dequantized weights of one QuantPlan, twice: `pooler_output` with activations left float, which
 the exact form over the artifact's weights must equal, and `rounded_output` with the target's own rounding of
 activations, which the artifact's program comes close to. Its logits are those of the float reference.
+`generative` is a model that answers, in floating point.
 
 Every row was computed alone (batch 1), because run-time quantization of activations may depend on the batch.
+
+Of a model that answers, a row of logits is `head @ hidden`: 262,144 numbers from 640 or 2,560. So the bundle
+holds the hidden states and the head once, and every logit of the reference is exact, at any number of tokens.
+Rows of logits themselves would take 0.5 GB for 1,000 tokens in float16, and rows cut to their highest values
+would bound a KL divergence from below only.
 """
 
 import hashlib
@@ -20,7 +26,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +35,12 @@ from PIL import Image
 from medgemma_benchmarks.bundle_record import (
     BUNDLE_NAME,
     BundleError,
+    BundleKind,
     BundleRecord,
     Producer,
     ReferenceImage,
     ReferenceLabel,
+    ReferencePrompt,
     StageTiming,
     read_record,
 )
@@ -44,13 +52,24 @@ __all__ = ["ReferenceBundle", "DecodedImage", "open_bundle", "write_bundle", "sh
 
 _ARRAYS = "arrays.safetensors"
 
+_Layout = dict[str, tuple[str, tuple[str, ...]]]
 # Name, dtype and axes of each array: N images, M labels, D embedding width, L ids.
-_LAYOUT: dict[str, tuple[str, tuple[str, ...]]] = {
+_ENCODERS: _Layout = {
     "image.pixel_values": ("float32", ("N", "3", "H", "W")),
     "image.pooler_output": ("float32", ("N", "D")),
     "text.input_ids": ("int64", ("M", "L")),
     "text.pooler_output": ("float32", ("M", "D")),
     "logits": ("float32", ("N", "M")),
+}
+# S ids and T predictions of all prompts together, V rows of the head, F image tokens of all images together.
+_DECODER: _Layout = {
+    "decoder.input_ids": ("int64", ("S",)),
+    "decoder.hidden_states": ("float32", ("T", "D")),
+    "decoder.head": ("float32", ("V", "D")),
+}
+_VISION: _Layout = {
+    "vision.pixel_values": ("float32", ("N", "3", "H", "W")),
+    "vision.image_features": ("float32", ("F", "D")),
 }
 
 
@@ -75,9 +94,12 @@ class ReferenceBundle:
         directory: Where it lies.
         record: Its `bundle.json`.
         sha256: Hash of `bundle.json`, which itself holds every other hash.
-        arrays: `image.pixel_values` [N, 3, H, W] float32, `image.pooler_output` [N, D] float32,
+        arrays: Of encoders `image.pixel_values` [N, 3, H, W] float32, `image.pooler_output` [N, D] float32,
             `text.input_ids` [M, L] int64, `text.pooler_output` [M, D] float32, `logits` [N, M] float32;
             and `rounded_output`, of the shape of `pooler_output`, of every component in `programs`.
+            Of a model that answers `decoder.input_ids` [S] int64, `decoder.hidden_states` [T, D] float32
+            after the final norm, `decoder.head` [V, D] float32, and where there are images
+            `vision.pixel_values` [N, 3, H, W] float32 and `vision.image_features` [F, D] float32.
     """
 
     directory: Path
@@ -112,18 +134,20 @@ def sha256_pixels(rgb: NDArray[np.uint8]) -> str:
 def write_bundle(
     out: Path,
     *,
-    kind: Literal["float", "packing"],
+    kind: BundleKind,
     model_id: str,
     revision: str | None,
     weights_sha256: str,
     plan_sha256: str | None,
     producer: Producer,
-    image: ImageSpec,
+    image: ImageSpec | None,
     images: Sequence[DecodedImage],
     labels: Sequence[ReferenceLabel],
     arrays: Mapping[str, NDArray[Any]],
     timings: Mapping[str, StageTiming],
     programs: Mapping[str, Path] | None = None,
+    prompts: Sequence[ReferencePrompt] = (),
+    embedding_scale: float | None = None,
 ) -> ReferenceBundle:
     """Write a bundle beside `out`, rename it into place, and open it.
 
@@ -135,12 +159,14 @@ def write_bundle(
         weights_sha256: Of the checkpoint.
         plan_sha256: Of the plan, for `packing`.
         producer: Device, dtype, versions.
-        image: What the image processor was set to do.
+        image: What the image processor was set to do; None without images.
         images: In the order of the arrays' rows.
         labels: Likewise.
         arrays: Those of `ReferenceBundle`.
         timings: By stage name.
         programs: The exact form of each component, for `packing`; the files are copied.
+        prompts: In the order of the arrays' rows.
+        embedding_scale: As `BundleRecord` has it.
 
     Raises:
         BundleError: If `out` exists, a name is taken twice or cannot be a file's, or an array is missing, of
@@ -174,6 +200,8 @@ def write_bundle(
             labels=tuple(labels),
             timings=dict(timings),
             programs=tuple(programs or ()),  # type: ignore[arg-type]
+            prompts=tuple(prompts),
+            embedding_scale=embedding_scale,
         )
     except ValueError as error:
         raise BundleError(f"the reference cannot be written: {error}") from None
@@ -181,8 +209,10 @@ def write_bundle(
     save_file = _safetensors().save_file
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        for folder in ("images", "programs") if programs else ("images",):
-            (temporary / folder).mkdir(parents=True)
+        temporary.mkdir(parents=True)
+        for folder, wanted in (("images", images), ("programs", programs)):
+            if wanted:
+                (temporary / folder).mkdir()
         save_file({name: np.ascontiguousarray(arrays[name]) for name in arrays}, temporary / _ARRAYS)
         for decoded in images:
             Image.fromarray(decoded.rgb).save(temporary / _png(decoded.name), compress_level=1)
@@ -239,19 +269,19 @@ def open_bundle(directory: Path) -> ReferenceBundle:
 
 
 def _check_arrays(record: BundleRecord, arrays: Mapping[str, NDArray[Any]]) -> None:
-    layout = _LAYOUT | {
-        f"{name}.rounded_output": _LAYOUT[f"{name}.pooler_output"] for name in record.programs
-    }
+    layout = _layout(record)
     if set(arrays) != set(layout):
         odd = ", ".join(sorted(set(arrays) ^ set(layout)))
         raise BundleError(f"the reference's arrays are not those it needs; missing or unknown: {odd}")
     sizes = {
         "N": len(record.images),
         "M": len(record.labels),
+        "S": sum(prompt.tokens for prompt in record.prompts),
+        "T": sum(prompt.predictions for prompt in record.prompts),
         "3": 3,
-        "H": record.image.height,
-        "W": record.image.width,
     }
+    if record.image is not None:
+        sizes |= {"H": record.image.height, "W": record.image.width}
     for name, (dtype, axes) in layout.items():
         array = arrays[name]
         shape = tuple(sizes.setdefault(axis, size) for axis, size in zip(axes, array.shape, strict=False))
@@ -263,6 +293,13 @@ def _check_arrays(record: BundleRecord, arrays: Mapping[str, NDArray[Any]]) -> N
         bad = int(np.count_nonzero(~np.isfinite(array)))
         if bad:
             raise BundleError(f"the reference's {name} has {bad} values that are NaN or infinite")
+
+
+def _layout(record: BundleRecord) -> _Layout:
+    if record.kind == "generative":
+        return _DECODER | (_VISION if record.images else {})
+    rounded = {f"{name}.rounded_output": _ENCODERS[f"{name}.pooler_output"] for name in record.programs}
+    return _ENCODERS | rounded
 
 
 def _program(component: str) -> str:

@@ -17,12 +17,17 @@ __all__ = [
     "Producer",
     "ReferenceImage",
     "ReferenceLabel",
+    "ReferencePrompt",
+    "BundleKind",
     "StageTiming",
     "read_record",
 ]
 
 BUNDLE_VERSION = 1
 BUNDLE_NAME = "bundle.json"
+
+BundleKind = Literal["float", "packing", "generative"]
+
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -39,8 +44,8 @@ class Producer:
         device_name: The product's name, such as `NVIDIA H100 80GB HBM3`.
         dtype: Floating type of weights and activations.
         attention: Which attention implementation, such as `eager`.
-        image_processor: The class that made `image.pixel_values`.
-        tokenizer: The class that made `text.input_ids`, and what it read.
+        image_processor: The class that made the recorded pixels; `none` where there are no images.
+        tokenizer: The class that made the recorded ids, and what it read.
         versions: Versions of the packages involved.
     """
 
@@ -96,6 +101,46 @@ class ReferenceLabel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferencePrompt:
+    """What a generative model was given, and then predicted token by token.
+
+    Attributes:
+        name: Unique in the bundle.
+        images: Names of the images that stand before the question, in order.
+        question: What the user asks, in the chat template; None where `text` follows `<bos>` at once.
+        text: What is predicted: a text, or the answer to the question.
+        source: Package and file, or `given by the user`.
+        licence: Of question and text.
+        tokens: Ids of all of it.
+        given_tokens: How many of them come before the first that is predicted.
+        is_sample: One of the built-in prompts, which a report names. Any other may be about a patient.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    images: tuple[str, ...]
+    question: str | None
+    text: str
+    source: str
+    licence: str
+    tokens: int
+    given_tokens: int
+    is_sample: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.given_tokens < self.tokens:
+            raise ValueError(f"of the {self.tokens} tokens of {self.name!r}, {self.given_tokens} are given")
+        if self.images and self.question is None:
+            raise ValueError(f"prompt {self.name!r} has images and no question")
+
+    @property
+    def predictions(self) -> int:
+        """Tokens that are predicted."""
+        return self.tokens - self.given_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageTiming:
     """Median time of one stage of the reference, over `runs` runs."""
 
@@ -111,47 +156,64 @@ class BundleRecord:
 
     Attributes:
         schema_version: Of this form.
-        kind: `float` or `packing`.
+        kind: `float` or `packing` for encoders of images and texts, `generative` for a model that answers.
         model_id: Hub id, `sample:NAME` or directory name of the checkpoint.
         revision: Hub commit, when known.
         weights_sha256: The same hash as in an artifact's manifest.
-        plan_sha256: Of the QuantPlan whose weights computed the outputs; None for `float`.
+        plan_sha256: Of the QuantPlan whose weights computed the outputs; None but for `packing`.
         producer: Device, dtype, versions.
-        image: What the reference's image processor was set to do.
+        image: What the reference's image processor was set to do; None where there are no images.
         images: The images, in the order of the arrays' rows.
-        labels: The labels, likewise.
+        labels: The labels, likewise; none where the model answers.
         timings: Median per stage of the reference, by stage name.
         programs: The components of which a packing reference has an exact form and a rounded output.
+        prompts: The prompts of a model that answers, in the order of the arrays' rows.
+        embedding_scale: What such a model multiplies embedded tokens by: the released one computes with
+            bfloat16, and so rounds it, which a model loaded in float32 by itself does not.
         files: Size and hash of every other file.
     """
 
     __pydantic_config__ = _STRICT
 
     schema_version: Literal[1] = 1
-    kind: Literal["float", "packing"]
+    kind: BundleKind
     model_id: str
     revision: str | None
     weights_sha256: str
     plan_sha256: str | None
     producer: Producer
-    image: ImageSpec
+    image: ImageSpec | None
     images: tuple[ReferenceImage, ...]
     labels: tuple[ReferenceLabel, ...]
     timings: dict[str, StageTiming]
     programs: tuple[Literal["image", "text"], ...] = ()
+    prompts: tuple[ReferencePrompt, ...] = ()
+    embedding_scale: float | None = None
     files: tuple[FileEntry, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.kind == "packing") != (self.plan_sha256 is not None):
-            raise ValueError("a packing reference names its plan, and a float reference has none")
+            raise ValueError("a packing reference names its plan, and no other reference has one")
         if (self.kind == "packing") != bool(self.programs):
-            raise ValueError("a packing reference has exact programs, and a float reference has none")
-        for what, names in (
-            ("image", [image.name for image in self.images]),
-            ("label", [label.name for label in self.labels]),
+            raise ValueError("a packing reference has exact programs, and no other reference has any")
+        is_generative = self.kind == "generative"
+        if is_generative != (self.embedding_scale is not None):
+            raise ValueError("a generative reference states its embedding scale, and no other reference does")
+        if bool(self.images) != (self.image is not None):
+            raise ValueError("an image spec goes with images, and images with an image spec")
+        for what, rows, is_needed in (
+            ("image", self.images, not is_generative),
+            ("label", self.labels, not is_generative),
+            ("prompt", self.prompts, is_generative),
         ):
-            if not names or len(set(names)) != len(names):
+            names = [row.name for row in rows]
+            if len(set(names)) != len(names) or (is_needed and not names):
                 raise ValueError(f"{what} names must be unique and at least one: {names}")
+        if self.prompts if not is_generative else self.labels:
+            raise ValueError("prompts belong to a generative reference, and labels to the others")
+        shown = {name for prompt in self.prompts for name in prompt.images}
+        if is_generative and shown != {image.name for image in self.images}:
+            raise ValueError("the images of a generative reference are those of its prompts")
         for image in self.images:
             if image.name.startswith(".") or any(char in image.name for char in "/\\:\0"):
                 raise ValueError(f"image name {image.name!r} cannot be a file name")

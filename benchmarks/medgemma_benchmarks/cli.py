@@ -1,5 +1,6 @@
 """The command lines `medgemma-parity`, `medgemma-bench` and `medgemma-report`: parse, call, print."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,11 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from medgemma_benchmarks.bundle import open_bundle
+from medgemma_benchmarks.device import usable_cores
+from medgemma_benchmarks.engine_process import EngineModel, parse_engine
+from medgemma_benchmarks.engines import ENGINES
 from medgemma_benchmarks.gates import load_gates
+from medgemma_benchmarks.generation import measure_generation
+from medgemma_benchmarks.generation_table import print_generation
 from medgemma_benchmarks.latency import LatencyReport, TimedImage, measure_latency
 from medgemma_benchmarks.parity import check_parity
-from medgemma_benchmarks.parity_report import ParityReport
+from medgemma_benchmarks.parity_report import ParityReport, PredictionParity
 from medgemma_benchmarks.peers import parse_peer
+from medgemma_benchmarks.prediction_parity import check_predictions
 from medgemma_benchmarks.results import Result, read_result, to_json
 from medgemma_benchmarks.timing import Repetition
 from medgemma_runtime.artifact import open_artifact
@@ -32,6 +39,8 @@ Examples:
   medgemma-parity medsiglip-int8 --reference medsiglip-float
 
   medgemma-parity medsiglip-int8 --reference medsiglip-float --reference int8-packing --out parity.json
+
+  medgemma-parity medgemma-int4 --reference medgemma-float --out parity.json
 """
 _BENCH_EXAMPLES = """
 Examples:
@@ -41,6 +50,13 @@ Examples:
   medgemma-bench medsiglip-fp32 --batch 1,4
 
   medgemma-bench medsiglip-int8 --images ./films --against optimum=model.onnx --profile
+"""
+_GENERATE_EXAMPLES = """
+Examples:
+
+  medgemma-bench generate medgemma-int4 --threads 2 --out generation.json
+
+  medgemma-bench generate medgemma-int4 --against llama=medgemma-q4_0.gguf@llama-env/bin/python
 """
 _REPORT_EXAMPLES = """
 Example:
@@ -71,7 +87,10 @@ def parity_main() -> int:
 
 def bench_main() -> int:
     """Entry point of `medgemma-bench`; returns its exit code."""
-    return run_app(_bench)
+    words = sys.argv[1:]
+    if words and words[0] not in ("stages", "generate", "--help"):
+        words = ["stages", *words]  # the command before there was another
+    return run_app(_bench, words)
 
 
 def report_main() -> int:
@@ -90,7 +109,7 @@ def parity(
         bool,
         typer.Option(
             "--show-images",
-            help="Put thumbnails and file names of your own images into the result; samples always are.",
+            help="Put thumbnails and names of your own images and notes into the result; samples always are.",
         ),
     ] = False,
     threads: _Threads = None,
@@ -106,8 +125,9 @@ def parity(
         reports = []
         for directory in reference:
             bundle = open_bundle(directory)
+            check = check_predictions if bundle.record.kind == "generative" else check_parity
             reports.append(
-                check_parity(
+                check(
                     opened,
                     bundle,
                     gates=limits,
@@ -124,8 +144,13 @@ def parity(
         raise typer.Exit(CHECK_FAILED)
 
 
+@_bench.callback(epilog=_BENCH_EXAMPLES.replace("\n\n", "\n\n\n"))
+def bench() -> None:
+    """Measure an artifact on this device. `medgemma-bench ARTIFACT` is short for `stages ARTIFACT`."""
+
+
 @_bench.command(epilog=_BENCH_EXAMPLES.replace("\n\n", "\n\n\n"))
-def bench(
+def stages(
     artifact: _ArtifactPath,
     images: Annotated[
         Path | None, typer.Option(help="Directory of PNG, JPEG or DICOM files to time.")
@@ -148,7 +173,7 @@ def bench(
     out: _Out = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Measure every stage of an artifact on this device: p50, p90, p99, load and memory."""
+    """Measure every stage from an image or a caption on: p50, p90, p99, load and memory."""
     if images is not None and samples:
         raise EdgeError("--images and --samples were both given; choose one")
     if out is not None:
@@ -179,6 +204,49 @@ def bench(
         _print_latency(report)
 
 
+@_bench.command(epilog=_GENERATE_EXAMPLES.replace("\n\n", "\n\n\n"))
+def generate(
+    artifact: _ArtifactPath,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ENGINE=MODEL@PYTHON",
+            help=f"One of {', '.join(ENGINES)}, a model in its format, and the Python of an environment that "
+            "has it; repeat for more.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of a prompt; repeat for more. If unset, 17 and 512."),
+    ] = None,
+    decode: Annotated[int, typer.Option(min=1, help="Tokens timed after each prompt.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each engine; made even.")] = 6,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="For every engine; one for each usable core if unset.")
+    ] = None,
+    out: _Out = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Time prefill and decode, in turns with other engines: same token ids, threads and counts."""
+    if out is not None:
+        check_destination(out)
+    peers = [parse_engine(text) for text in against or ()]
+    with progress_bar("checking files") as progress:
+        report = measure_generation(
+            open_artifact(artifact),
+            EngineModel(engine="edge", model=artifact, python=sys.executable),
+            peers,
+            threads=threads or usable_cores(),
+            prompts=prompt or (17, 512),
+            decode=decode,
+            rounds=rounds,
+            progress=progress,
+        )
+    _deliver(report, out, as_json=as_json)
+    if not as_json:
+        print_generation(report)
+
+
 @_report.command(epilog=_REPORT_EXAMPLES.replace("\n\n", "\n\n\n"))
 def report(
     results: Annotated[
@@ -186,7 +254,7 @@ def report(
     ],
     out: Annotated[Path, typer.Option(help="Directory for report.html and report.json.")],
 ) -> None:
-    """Write one HTML page from parity and latency results, several artifacts side by side."""
+    """Write one HTML page from parity, latency and generation results, several artifacts side by side."""
     from medgemma_benchmarks.report import write_report
 
     page = write_report([result for path in results for result in read_result(path)], out)
@@ -246,6 +314,8 @@ def _print_parity(report: ParityReport) -> None:
         )
     console = Console()
     console.print(table)
+    for name, found in report.predictions.items():
+        console.print(Text(_predictions_line(name, found)))
     for detail in dict.fromkeys(c.detail for c in report.checks if c.verdict != "PASS" and c.detail):
         console.print(Text(printable(detail)))
     if report.verdict == "NEAR_TIE":
@@ -254,6 +324,17 @@ def _print_parity(report: ParityReport) -> None:
             f"No gate failed; {report.near_ties} {ties} (margin {report.tie_margin_logits:g} logits)"
         )
     console.print(Text(f"{report.verdict}  manifest {report.artifact.manifest_sha256}"))
+
+
+def _predictions_line(name: str, found: PredictionParity) -> str:
+    if found.undefined is not None:
+        return f"{name}: {found.undefined}"
+    agreement = "none decided" if found.agreement is None else f"{found.agreement:.1%}"
+    return (
+        f"{name}, {found.tokens} predictions: KL {found.kl_mean:.3g} nats (p99 {found.kl_p99:.3g}), first "
+        f"token the same {agreement} ({found.near_ties} near ties), perplexity {found.perplexity:.2f} "
+        f"(reference {found.reference_perplexity:.2f})"
+    )
 
 
 def _print_latency(report: LatencyReport) -> None:

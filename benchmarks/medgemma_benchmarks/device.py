@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 
 from medgemma_runtime.errors import missing_package
 
-__all__ = ["DeviceDescription", "describe_device"]
+__all__ = ["DeviceDescription", "describe_device", "usable_cores"]
 
 # Instruction sets that decide which int8, fp16 and bf16 kernels an engine picks. x86: AVX2 baseline, VNNI
 # dot products, AMX tiles. Arm: asimddp and i8mm are the int8 dot product and matrix multiply.
@@ -86,7 +86,7 @@ def describe_device(*, threads: int | None) -> DeviceDescription:
         cpu=cpu,
         architecture=platform.machine(),
         flags=flags,
-        logical_cores=_usable_cores(),
+        logical_cores=usable_cores(),
         physical_cores=psutil.cpu_count(logical=False),
         memory_bytes=psutil.virtual_memory().total,
         governor=_governor(),
@@ -128,7 +128,8 @@ def _system() -> str:
     return f"{platform.system()} {numbers[0] if numbers else ''}".strip()
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Hardware threads that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

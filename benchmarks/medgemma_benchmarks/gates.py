@@ -14,7 +14,7 @@ from medgemma_runtime.manifest import Precision
 __all__ = ["Gate", "Gates", "Question", "Subject", "Metric", "Verdict", "load_gates", "worst"]
 
 Question = Literal["pixels", "tokens", "lowering", "packing", "scheme"]
-Subject = Literal["image", "text", "zero-shot", "end-to-end"]
+Subject = Literal["image", "text", "zero-shot", "end-to-end", "vision", "decoder", "prefill"]
 Metric = Literal[
     "differing_uint8",
     "differing_ids",
@@ -25,6 +25,8 @@ Metric = Literal[
     "logit_error",
     "agreement",
     "near_tie_share",
+    "kl_mean",
+    "perplexity_ratio",
 ]
 Verdict = Literal["PASS", "NEAR_TIE", "FAIL"]
 
@@ -34,6 +36,9 @@ _OF_INPUTS: dict[Question, frozenset[Metric]] = {
 }
 _OF_OUTPUTS: frozenset[Metric] = frozenset(("max_abs_error", "relative_error", "cosine_min"))
 _OF_LABELS: frozenset[Metric] = frozenset(("logit_error", "agreement", "near_tie_share"))
+_OF_TOKENS: frozenset[Metric] = frozenset(
+    ("max_abs_error", "kl_mean", "agreement", "near_tie_share", "perplexity_ratio")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,9 @@ class Gate:
 
     Attributes:
         question: What is asked: are the inputs, the lowering, the packing, the scheme right?
-        components: What it holds for: a component, `zero-shot` (both towers on the recorded inputs) or
-            `end-to-end` (both from image and caption).
+        components: What it holds for: a component; `zero-shot` (both towers on the recorded inputs) or
+            `end-to-end` (both from image and caption); `decoder` (every token by itself, through the caches)
+            or `prefill` (a prompt read at once, and what follows it).
         precisions: The precisions it holds for.
         metric: The name of the value that is judged.
         at_most: Upper limit, itself allowed; or None.
@@ -123,6 +129,8 @@ def _measured(question: Question, component: Subject) -> frozenset[Metric]:
         return _OF_INPUTS[question]
     if component in ("zero-shot", "end-to-end"):
         return _OF_LABELS
+    if component in ("decoder", "prefill"):
+        return _OF_TOKENS
     return _OF_OUTPUTS | {"rounded_cosine_min"} if question == "packing" else _OF_OUTPUTS
 
 

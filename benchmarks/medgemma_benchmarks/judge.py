@@ -10,14 +10,14 @@ from medgemma_benchmarks.gates import Gates, Question, Verdict
 from medgemma_benchmarks.metrics import (
     MetricError,
     cosine,
+    first_choices,
     kl,
     max_abs_error,
     probabilities,
     relative_error,
     sqnr_db,
-    zero_shot_choices,
 )
-from medgemma_benchmarks.parity_report import Check, ComponentParity, ZeroShotParity
+from medgemma_benchmarks.parity_report import Check, ComponentParity, PredictionParity, ZeroShotParity
 from medgemma_runtime.manifest import Precision
 
 __all__ = ["Judge", "compare_component", "compare_zero_shot"]
@@ -103,6 +103,21 @@ class Judge:
         }
         self.values(self.question, where, values, near_ties=result.near_ties, detail=detail)
 
+    def predictions(self, name: str, parity: PredictionParity) -> None:
+        """Judge predictions of tokens.
+
+        Among thousands some are near ties: left out of agreement, they are no verdict on the whole.
+        """
+        values = {
+            "max_abs_error": parity.max_abs_error,
+            "kl_mean": parity.kl_mean,
+            "agreement": parity.agreement,
+            "near_tie_share": parity.near_tie_share,
+            "perplexity_ratio": parity.perplexity_ratio,
+        }
+        decided = f"{parity.tokens - parity.near_ties} of {parity.tokens} predictions decided"
+        self.values(self.question, name, values, detail=parity.undefined or decided)
+
 
 def compare_component(*, actual: NDArray[Any], reference: NDArray[Any]) -> ComponentParity:
     """All metrics of one component's outputs [N, D]; where one is undefined, none is given, and why.
@@ -138,7 +153,7 @@ def compare_zero_shot(*, actual: NDArray[Any], reference: NDArray[Any], tie_marg
     """
     expected = probabilities(reference)
     try:
-        choices = zero_shot_choices(actual=actual, reference=reference, tie_margin=tie_margin)
+        choices = first_choices(actual=actual, reference=reference, tie_margin=tie_margin)
         divergence = kl(actual=actual, reference=reference)
         error = max_abs_error(actual=actual, reference=reference)
     except MetricError as undefined:

@@ -26,10 +26,11 @@ from PIL import Image
 from medgemma_benchmarks.bundle import ReferenceBundle
 from medgemma_benchmarks.bundle_record import BundleRecord
 from medgemma_benchmarks.device import describe_device
-from medgemma_benchmarks.gates import Gates, Question, load_gates, worst
+from medgemma_benchmarks.gates import Gates, load_gates, worst
 from medgemma_benchmarks.identity import describe_artifact
 from medgemma_benchmarks.judge import Judge, compare_component, compare_zero_shot
-from medgemma_benchmarks.metrics import Choice, max_abs_error
+from medgemma_benchmarks.metrics import Choice
+from medgemma_benchmarks.parity_inputs import ParityError, check_pixels, find_question, shown_names
 from medgemma_benchmarks.parity_report import (
     ComponentParity,
     ImageParity,
@@ -42,20 +43,14 @@ from medgemma_runtime.backends import open_session
 from medgemma_runtime.backends.ort import OrtSession
 from medgemma_runtime.command import Progress
 from medgemma_runtime.embed import Embedder, NoDirectionError, logits, unit_length
-from medgemma_runtime.errors import EdgeError
-from medgemma_runtime.images import normalize, resize
-from medgemma_runtime.manifest import ImageSpec, Manifest, Similarity
+from medgemma_runtime.manifest import Manifest, Similarity
 from medgemma_runtime.text import load_tokenizer
 
-__all__ = ["check_parity", "ParityError"]
+__all__ = ["check_parity"]
 
 _THUMBNAIL_PIXELS = 112
 _INPUT = {"image": "pixel_values", "text": "input_ids"}
 _OUTPUT = "pooler_output"
-
-
-class ParityError(EdgeError):
-    """An artifact and a reference that cannot be compared."""
 
 
 def check_parity(
@@ -84,7 +79,7 @@ def check_parity(
         EdgeError: If the runtime refuses an image or a caption, or a component fails.
     """
     manifest, record = artifact.manifest, bundle.record
-    question = _question(manifest, record)
+    question = find_question(manifest, record)
     components = _shared_components(manifest, record)
     judge = Judge(question, manifest.precision, gates if gates is not None else load_gates())
     asks_labels = (
@@ -96,10 +91,10 @@ def check_parity(
     # A component's recorded inputs run once, and for packing once more in its exact form.
     passes = 2 if asks_labels or question == "packing" else 1
     steps = _Steps(components, record, passes, progress)
-    names = _shown_names(record, show_images=show_images)
+    names = shown_names(record, show_images=show_images)
 
     if "image" in components:
-        _check_pixels(manifest, bundle, names, judge, steps)
+        check_pixels(manifest, bundle, "image", judge, show_images=show_images, step=steps.take)
     if "text" in components:
         _check_tokens(artifact, bundle, judge)
 
@@ -146,35 +141,6 @@ def check_parity(
     )
 
 
-def _question(manifest: Manifest, record: BundleRecord) -> Question:
-    """Which of lowering, packing and scheme this pair answers."""
-    model = manifest.model
-    if model.weights_sha256 != record.weights_sha256:
-        raise ParityError(
-            f"the artifact was made from {model.id} with weights {model.weights_sha256[:12]} and the "
-            f"reference from {record.model_id} with weights {record.weights_sha256[:12]}; "
-            "record a reference of the artifact's checkpoint"
-        )
-    if record.producer.dtype != "float32":
-        raise ParityError(
-            f"the reference was computed in {record.producer.dtype}, whose own error is as large as those "
-            "that the gates look for; record the reference in float32"
-        )
-    if record.kind == "packing":
-        if manifest.precision not in ("int8", "int4"):
-            raise ParityError(
-                f"the artifact is {manifest.precision}, which packs no integers, and the reference is of "
-                "kind packing; compare it with a float reference"
-            )
-        if manifest.quantization.plan_sha256 != record.plan_sha256:
-            raise ParityError(
-                f"the artifact packs plan {manifest.quantization.plan_sha256[:12]} and the packing reference "
-                f"carries plan {str(record.plan_sha256)[:12]}; record the packing reference of this artifact"
-            )
-        return "packing"
-    return "lowering" if manifest.precision == "fp32" else "scheme"
-
-
 def _shared_components(manifest: Manifest, record: BundleRecord) -> tuple[str, ...]:
     recorded = record.programs if record.kind == "packing" else tuple(_INPUT)
     names = tuple(name for name in recorded if name in manifest.components)
@@ -203,55 +169,6 @@ class _Steps:
         if self.progress is not None:
             self.progress(what, self.done, self.total)
         self.done += 1
-
-
-def _shown_names(record: BundleRecord, *, show_images: bool) -> list[str]:
-    """What the report calls each image: its name, or its number in the bundle."""
-    return [
-        image.name if image.is_sample or show_images else f"image {number}"
-        for number, image in enumerate(record.images, start=1)
-    ]
-
-
-def _check_pixels(
-    manifest: Manifest, bundle: ReferenceBundle, names: Sequence[str], judge: Judge, steps: _Steps
-) -> None:
-    spec, record = manifest.image, bundle.record
-    if spec is None:
-        raise ParityError("the artifact has an image component and no image spec; export it again")
-    if (spec.height, spec.width) != (record.image.height, record.image.width):
-        raise ParityError(
-            f"the artifact takes images of {spec.height}x{spec.width} and the reference was recorded at "
-            f"{record.image.height}x{record.image.width}; record the reference of this model"
-        )
-    differing, largest, odd = 0, 0.0, []
-    for image, name, recorded in zip(record.images, names, bundle.arrays["image.pixel_values"], strict=True):
-        steps.take("preprocessing images")
-        resized = resize(bundle.rgb(image), spec)
-        pixels = normalize(resized, spec)
-        count = int(np.count_nonzero(resized != _as_uint8(recorded, record.image)))
-        largest = max(largest, max_abs_error(actual=pixels, reference=recorded))
-        differing += count
-        if count:
-            odd.append(name)
-    detail = "; ".join(filter(None, [", ".join(odd), _spec_difference(spec, record.image)]))
-    judge.values("pixels", "image", {"differing_uint8": differing, "max_abs_error": largest}, detail=detail)
-
-
-def _as_uint8(pixels: NDArray[np.float32], spec: ImageSpec) -> NDArray[np.uint8]:
-    """Undo a reference's normalization: [3, H, W] float to the [H, W, 3] uint8 it came from."""
-    mean, std = (np.array(x, dtype=np.float64)[:, None, None] for x in (spec.mean, spec.std))
-    levels = np.rint((pixels.astype(np.float64) * std + mean) / spec.rescale)
-    return np.clip(levels, 0, 255).astype(np.uint8).transpose(1, 2, 0)
-
-
-def _spec_difference(artifact: ImageSpec, reference: ImageSpec) -> str:
-    fields = ("fit", "resample", "antialias", "rounding", "rescale", "mean", "std")
-    return ", ".join(
-        f"{field}: artifact {getattr(artifact, field)}, reference {getattr(reference, field)}"
-        for field in fields
-        if getattr(artifact, field) != getattr(reference, field)
-    )
 
 
 def _check_tokens(artifact: Artifact, bundle: ReferenceBundle, judge: Judge) -> None:
@@ -365,7 +282,7 @@ def _image_rows(
     bundle: ReferenceBundle, embeddings: NDArray[Any], zero_shot: ZeroShotParity, *, show_images: bool
 ) -> tuple[ImageParity, ...]:
     rows = []
-    names = _shown_names(bundle.record, show_images=show_images)
+    names = shown_names(bundle.record, show_images=show_images)
     labels = [label.name for label in bundle.record.labels]
     parity = compare_component(actual=embeddings, reference=bundle.arrays[f"image.{_OUTPUT}"])
     for index, (image, name) in enumerate(zip(bundle.record.images, names, strict=True)):

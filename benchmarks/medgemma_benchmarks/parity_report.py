@@ -1,12 +1,12 @@
 """What a parity check found: plain data that goes to JSON and back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import ConfigDict
 
 from medgemma_benchmarks.bundle import ReferenceBundle
-from medgemma_benchmarks.bundle_record import StageTiming
+from medgemma_benchmarks.bundle_record import BundleKind, StageTiming
 from medgemma_benchmarks.device import DeviceDescription
 from medgemma_benchmarks.gates import Question, Verdict
 from medgemma_benchmarks.identity import ArtifactDescription
@@ -19,6 +19,8 @@ __all__ = [
     "ComponentParity",
     "ZeroShotParity",
     "ImageParity",
+    "PredictionParity",
+    "PromptParity",
     "describe_reference",
 ]
 
@@ -31,7 +33,7 @@ class ReferenceDescription:
 
     __pydantic_config__ = _STRICT
 
-    kind: Literal["float", "packing"]
+    kind: BundleKind
     bundle_sha256: str
     device: str
     device_name: str
@@ -49,7 +51,7 @@ class Check:
 
     Attributes:
         question: What was asked.
-        subject: A component, `zero-shot` or `end-to-end`.
+        subject: As a gate's `components`.
         metric: The value's name.
         value: The value; None when it could not be computed, which fails.
         limit: As text, such as `≤ 0.0001`.
@@ -75,7 +77,7 @@ class ComponentParity:
     """One component's outputs on the recorded inputs.
 
     Attributes:
-        rows: Images or captions.
+        rows: Images or captions; of `vision` the image tokens.
         cosines: One for each row.
         cosine_min: The lowest of them.
         cosine_mean: Their mean.
@@ -164,6 +166,51 @@ class ImageParity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictionParity:
+    """How an artifact predicts the tokens of recorded texts, given all tokens before.
+
+    Attributes:
+        tokens: Predictions compared.
+        kl_mean: Mean of KL(reference || artifact), nats.
+        kl_p99: What 99 % of the predictions stay below, nats.
+        max_abs_error: Largest difference of one logit.
+        agreement: Share with the reference's first token, without near ties; None when all are.
+        near_ties: How many were left out.
+        near_tie_share: Their share of all.
+        perplexity: Of the artifact on the recorded tokens.
+        reference_perplexity: Of the reference.
+        perplexity_ratio: The one over the other.
+        undefined: Why the values are None, if they are.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    tokens: int
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    max_abs_error: float | None = None
+    agreement: float | None = None
+    near_ties: int = 0
+    near_tie_share: float | None = None
+    perplexity: float | None = None
+    reference_perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    undefined: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptParity:
+    """One prompt, predicted token by token: its name in the bundle, or `prompt N` where it is not shown."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    source: str
+    licence: str
+    parity: PredictionParity
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParityReport:
     """Everything that one artifact against one reference showed.
 
@@ -184,6 +231,9 @@ class ParityReport:
         labels: Names, in the order of the columns.
         captions: What the text tower read for each.
         images: One row an image; None when `zero_shot` is.
+        predictions: Of a model that answers, by `decoder` (every token by itself, through the caches) and
+            `prefill` (each prompt read at once, and what follows it).
+        prompts: Of a model that answers, one row a prompt.
     """
 
     __pydantic_config__ = _STRICT
@@ -202,6 +252,8 @@ class ParityReport:
     labels: tuple[str, ...]
     captions: tuple[str, ...]
     images: tuple[ImageParity, ...] | None
+    predictions: dict[str, PredictionParity] = field(default_factory=dict)
+    prompts: tuple[PromptParity, ...] = ()
 
     @property
     def near_ties(self) -> int:

@@ -15,24 +15,21 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from medgemma_benchmarks.metrics import cosine
-from medgemma_benchmarks.timing import Distribution, Repetition, distribution, paused_gc
+from medgemma_benchmarks.timing import PAUSE_SECONDS, Distribution, Repetition, distribution, paused_gc
 from medgemma_runtime.artifact import sha256_file
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import ComponentEntry, TensorSpec
 from medgemma_runtime.session import Session, check_inputs
 
-__all__ = ["PeerModel", "PeerComparison", "parse_peer", "open_peer", "compare_with_peer"]
+__all__ = ["PeerModel", "PeerComparison", "PeerSession", "parse_peer", "open_peer", "compare_with_peer"]
 
 # What exporters call the pooled output of a SigLIP tower; `image_embeds` is the same at unit length.
 _OUTPUTS = ("pooler_output", "image_embeds")
 
-# Twice the time for which ONNX Runtime's threads spin after a run by default, measured at about 50 ms on two
-# cores: without it, those of one program would slow the next run of the other.
-_PAUSE_SECONDS = 0.1
 _METHOD = (
     "In one process, on the same images, with as many threads. Peer: ONNX Runtime's default session options, "
     "only threads and log level set; artifact: the runtime's own. Each goes first in every other pair (A B, "
-    f"B A, ...), and {_PAUSE_SECONDS * 1e3:.0f} ms pass before every run, so that spinning threads of one do "
+    f"B A, ...), and {PAUSE_SECONDS * 1e3:.0f} ms pass before every run, so that spinning threads of one do "
     "not slow the other."
 )
 
@@ -90,19 +87,8 @@ def parse_peer(text: str) -> PeerModel:
     return PeerModel(name=name, path=Path(path))
 
 
-def open_peer(peer: PeerModel, *, threads: int | None) -> Session:
-    """Open a peer with ONNX Runtime's default session options; only threads and log level are set.
-
-    The session's first output is the pooled one.
-
-    Raises:
-        EdgeError: If ONNX Runtime cannot load it, or it is not an image tower.
-    """
-    return _PeerSession(peer, threads=threads)
-
-
-class _PeerSession:
-    """A peer's program as a `Session`."""
+class PeerSession:
+    """A peer's program; runs and closes as a `Session` does."""
 
     def __init__(self, peer: PeerModel, *, threads: int | None) -> None:
         import onnxruntime
@@ -125,6 +111,7 @@ class _PeerSession:
         self._name = peer.name
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """As `Session.run`."""
         check_inputs(self.entry, inputs)
         names = [spec.name for spec in self.entry.outputs]
         try:
@@ -133,7 +120,19 @@ class _PeerSession:
             raise EdgeError(f"the peer {self._name} failed while running: {error}") from None
 
     def close(self) -> None:
+        """As `Session.close`."""
         self._session = None
+
+
+def open_peer(peer: PeerModel, *, threads: int | None) -> PeerSession:
+    """Open a peer with ONNX Runtime's default session options; only threads and log level are set.
+
+    The session's first output is the pooled one.
+
+    Raises:
+        EdgeError: If ONNX Runtime cannot load it, or it is not an image tower.
+    """
+    return PeerSession(peer, threads=threads)
 
 
 def _signature(peer: PeerModel, session: Any) -> ComponentEntry:
@@ -172,7 +171,7 @@ def _spec(node: Any) -> TensorSpec:
 
 def compare_with_peer(
     ours: Session,
-    theirs: Session,
+    theirs: PeerSession,
     peer: PeerModel,
     pixels: Sequence[NDArray[np.float32]],
     *,
@@ -205,9 +204,9 @@ def compare_with_peer(
         # An even number of pairs: each goes first as often as the other.
         while pairs % 2 or not repetition.is_enough(pairs, time.perf_counter() - begin):
             image = pixels[pairs % len(pixels)]
-            turns = [(ours, ours_ms), (theirs, theirs_ms)]
+            turns: list[tuple[Session | PeerSession, list[float]]] = [(ours, ours_ms), (theirs, theirs_ms)]
             for session, times_ms in turns if pairs % 2 == 0 else turns[::-1]:
-                time.sleep(_PAUSE_SECONDS)
+                time.sleep(PAUSE_SECONDS)
                 start = time.perf_counter_ns()
                 _run(session, image)
                 times_ms.append((time.perf_counter_ns() - start) / 1e6)
@@ -231,7 +230,7 @@ def compare_with_peer(
     )
 
 
-def _run(session: Session, pixels: NDArray[np.float32]) -> NDArray[Any]:
+def _run(session: Session | PeerSession, pixels: NDArray[np.float32]) -> NDArray[Any]:
     """[1, 3, H, W] to the session's first output, [1, D]."""
     entry = session.entry
     return session.run({entry.inputs[0].name: pixels})[entry.outputs[0].name]

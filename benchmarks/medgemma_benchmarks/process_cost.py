@@ -25,7 +25,14 @@ from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import ComponentEntry
 from medgemma_runtime.session import Session
 
-__all__ = ["ProcessCost", "measure_process_cost", "peak_rss_bytes", "rss_bytes", "zero_inputs"]
+__all__ = [
+    "ProcessCost",
+    "measure_process_cost",
+    "peak_rss_bytes",
+    "peak_rss_bytes_of",
+    "rss_bytes",
+    "zero_inputs",
+]
 
 _WARM_OPENS = 3
 
@@ -104,9 +111,14 @@ def peak_rss_bytes() -> int:
     return highest if sys.platform == "darwin" else highest * 1024
 
 
-def _status_bytes(field: str) -> int | None:
-    """A size of this process that Linux states in kB; None on another system."""
-    status = Path("/proc/self/status")
+def peak_rss_bytes_of(process_id: int) -> int | None:
+    """Highest resident memory of another process so far; None on a system that does not tell."""
+    return _status_bytes("VmHWM", str(process_id))
+
+
+def _status_bytes(field: str, process: str = "self") -> int | None:
+    """A size of a process that Linux states in kB; None on another system."""
+    status = Path("/proc", process, "status")
     if status.is_file():
         for line in status.read_text().splitlines():
             if line.startswith(f"{field}:"):

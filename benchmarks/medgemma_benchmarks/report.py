@@ -1,4 +1,4 @@
-"""One HTML page from any number of parity and latency reports: verdict first, then the evidence."""
+"""One HTML page from parity, latency and generation reports: verdict first, then the evidence."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medgemma_benchmarks.gates import Verdict, worst
+from medgemma_benchmarks.generation import GenerationReport, Spread
 from medgemma_benchmarks.identity import ArtifactDescription
 from medgemma_benchmarks.latency import LatencyReport
 from medgemma_benchmarks.parity_report import Check, ImageParity, ParityReport, ReferenceDescription
@@ -22,14 +23,14 @@ __all__ = ["write_report"]
 # A page with more images than this is slow on a phone and read by nobody.
 _SHOWN_IMAGES = 40
 _PRECISIONS = ("fp32", "fp16", "int8", "int4")
-# The columns of the summary, and the one value that says most about each.
+# The columns of the summary, and the values that say most about each, the first that was judged.
 _KEY_METRICS = {
-    "pixels": "differing_uint8",
-    "tokens": "differing_ids",
-    "lowering": "max_abs_error",
-    "packing": "max_abs_error",
-    "scheme": "cosine_min",
-    "end-to-end": "agreement",
+    "pixels": ("differing_uint8",),
+    "tokens": ("differing_ids",),
+    "lowering": ("max_abs_error",),
+    "packing": ("max_abs_error",),
+    "scheme": ("kl_mean", "cosine_min"),
+    "end-to-end": ("agreement",),
 }
 _SEVERITY = {"DIFFERENT": 0, None: 0, "NEAR_TIE": 1, "SAME": 2}
 
@@ -42,6 +43,7 @@ class _Subject:
     artifact: ArtifactDescription
     parities: tuple[ParityReport, ...]
     latencies: tuple[LatencyReport, ...]
+    generations: tuple[GenerationReport, ...]
 
     @property
     def per_image(self) -> ParityReport | None:
@@ -56,7 +58,7 @@ def write_report(results: Sequence[Result], out: Path) -> Path:
     The page is one file: no script, no other resource.
 
     Args:
-        results: Parity and latency reports of artifacts of one checkpoint.
+        results: Parity, latency and generation reports of artifacts of one checkpoint.
         out: A directory; created if absent.
 
     Raises:
@@ -68,6 +70,7 @@ def write_report(results: Sequence[Result], out: Path) -> Path:
     data = {
         "parity": [asdict(result) for result in results if isinstance(result, ParityReport)],
         "latency": [asdict(result) for result in results if isinstance(result, LatencyReport)],
+        "generation": [asdict(result) for result in results if isinstance(result, GenerationReport)],
     }
     with replacing(out / "report.json") as stream:
         stream.write((json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
@@ -111,6 +114,7 @@ def _subjects(results: Sequence[Result]) -> tuple[_Subject, ...]:
             artifact=artifact,
             parities=_of(artifact, results, ParityReport),
             latencies=_of(artifact, results, LatencyReport),
+            generations=_of(artifact, results, GenerationReport),
         )
         for artifact in ordered
     )
@@ -128,7 +132,8 @@ def _context(subjects: Sequence[_Subject]) -> dict[str, Any]:
     """Everything the template shows, in the order it shows it."""
     parities = [parity for subject in subjects for parity in subject.parities]
     latencies = [latency for subject in subjects for latency in subject.latencies]
-    devices = [parity.device for parity in parities] + [latency.device for latency in latencies]
+    generations = [generation for subject in subjects for generation in subject.generations]
+    results: list[Result] = [*parities, *latencies, *generations]
     model = subjects[0].artifact
     # The same reference for every artifact, so that columns can be compared.
     with_images = [subject for subject in subjects if subject.per_image is not None]
@@ -151,9 +156,11 @@ def _context(subjects: Sequence[_Subject]) -> dict[str, Any]:
         "summary": _summary(subjects),
         "parities": parities,
         "latencies": latencies,
+        "generations": generations,
         "held_against": list(dict.fromkeys(_held_against(parity.reference) for parity in parities)),
         "references": list({p.reference.bundle_sha256: p.reference for p in parities}.values()),
-        "devices": list({str(device): device for device in devices}.values()),
+        "devices": list({str(result.device): result.device for result in results}.values()),
+        "predicted": [(s.label, p) for s in subjects for p in s.parities if p.predictions],
         "reference": reference,
         "comparable": comparable,
         "rows": shown,
@@ -174,10 +181,11 @@ def _summary(subjects: Sequence[_Subject]) -> dict[str, dict[str, tuple[Verdict,
     for subject in subjects:
         checks = [check for parity in subject.parities for check in parity.checks]
         row: dict[str, tuple[Verdict, Check] | None] = {}
-        for column, metric in _KEY_METRICS.items():
+        for column, metrics in _KEY_METRICS.items():
             group = [check for check in checks if _column(check) == column]
-            # Gates of the user may not hold that metric; then any of them stands for the question.
-            telling = [check for check in group if check.metric == metric] or group[:1]
+            # Gates of the user may hold none of these; then any of them stands for the question.
+            judged = [metric for metric in metrics if any(check.metric == metric for check in group)]
+            telling = [check for check in group if check.metric in judged[:1]] or group[:1]
             verdict = worst(tuple(check.verdict for check in group)) if group else None
             row[column] = (verdict, min(telling, key=_headroom)) if verdict else None
         if checks:
@@ -292,6 +300,16 @@ def _value(value: float | None) -> str:
     return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.5f}"
 
 
+def _spread(spread: Spread | None) -> str:
+    """A median and, in brackets, what it was taken from, with as many digits as say something."""
+    if spread is None:
+        return _value(None)
+    median, lowest, highest = (
+        f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in (spread.median, spread.min, spread.max)
+    )
+    return f"{median} ({lowest} to {highest})"
+
+
 def _percent(value: float | None) -> str:
     return _value(None) if value is None else f"{value:.0%}"
 
@@ -314,6 +332,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "megabytes": _megabytes,
     "milliseconds": _milliseconds,
     "value": _value,
+    "spread": _spread,
     "percent": _percent,
     "words": _words,
     "label_verdict": _label_verdict,

@@ -1,4 +1,4 @@
-"""Parity and latency reports as JSON files."""
+"""Parity, latency and generation reports as JSON files."""
 
 import json
 from dataclasses import asdict
@@ -6,16 +6,18 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from medgemma_benchmarks.generation import GenerationReport
 from medgemma_benchmarks.latency import LatencyReport
 from medgemma_benchmarks.parity_report import ParityReport
 from medgemma_runtime.errors import EdgeError
 
 __all__ = ["Result", "to_json", "read_result"]
 
-Result = ParityReport | LatencyReport
+Result = ParityReport | LatencyReport | GenerationReport
 
 _PARITY: TypeAdapter[ParityReport] = TypeAdapter(ParityReport)
 _LATENCY: TypeAdapter[LatencyReport] = TypeAdapter(LatencyReport)
+_GENERATION: TypeAdapter[GenerationReport] = TypeAdapter(GenerationReport)
 
 
 def to_json(results: Result | list[ParityReport]) -> str:
@@ -41,13 +43,12 @@ def read_result(path: Path) -> list[Result]:
 
 def _read_one(path: Path, data: object) -> Result:
     kind = data.get("report") if isinstance(data, dict) else None
-    adapters: dict[str, TypeAdapter[ParityReport] | TypeAdapter[LatencyReport]] = {
-        "parity": _PARITY,
-        "latency": _LATENCY,
-    }
+    adapters: dict[
+        str, TypeAdapter[ParityReport] | TypeAdapter[LatencyReport] | TypeAdapter[GenerationReport]
+    ] = {"parity": _PARITY, "latency": _LATENCY, "generation": _GENERATION}
     if not isinstance(kind, str) or kind not in adapters:
         raise EdgeError(
-            f"{path} is neither a parity nor a latency report; give files that medgemma-parity --out "
+            f"{path} is no parity, latency or generation report; give files that medgemma-parity --out "
             "and medgemma-bench --out wrote"
         )
     try:

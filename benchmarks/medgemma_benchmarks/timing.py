@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from pydantic import ConfigDict
 
-__all__ = ["Distribution", "Repetition", "measure", "distribution", "paused_gc"]
+__all__ = ["Distribution", "PAUSE_SECONDS", "Repetition", "measure", "distribution", "paused_gc"]
+
+PAUSE_SECONDS = 0.1
+"""Wait before a run of one program after a run of another.
+
+Twice the time for which ONNX Runtime's threads spin after a run by default, measured at about 50 ms on two
+cores: without it, those of one program would slow the next run of the other.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

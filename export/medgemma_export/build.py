@@ -3,21 +3,33 @@
 checkpoint -> ModelSpec -> QuantPlan -> QuantizedWeights -> Target.lower -> Artifact
 """
 
-import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from medgemma_export.adapter import merge_adapter
+from medgemma_export.calibration_reach import check_chain, takes, unreached_weights
 from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from medgemma_export.models import ModelSpec, load_model
-from medgemma_export.package import Package, open_package, require_absent, require_free_bytes
+from medgemma_export.package import (
+    Needs,
+    Package,
+    open_package,
+    predict_needs,
+    require_absent,
+    require_resources,
+)
 from medgemma_export.recipe import Recipe
 from medgemma_export.targets import TARGETS
-from medgemma_quantization.plan import QuantPlan, compare_packed, make_plan
-from medgemma_quantization.weights import quantize_weights, source_fingerprint
+from medgemma_quantization.calibration import CalibrationSet, open_set
+from medgemma_quantization.methods import METHODS
+from medgemma_quantization.plan import QuantPlan, compare_packed, make_plan, note_unreached
+from medgemma_quantization.weights import QuantizedWeights, quantize_weights, source_fingerprint
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.command import Progress
 from medgemma_runtime.errors import CheckpointError, EdgeError
 from medgemma_runtime.manifest import (
     SCHEMA_VERSION,
+    AdapterInfo,
     ComponentEntry,
     Manifest,
     ModelInfo,
@@ -36,21 +48,32 @@ class Decision:
     checkpoint: Checkpoint
     model: ModelSpec
     plan: QuantPlan
+    needs: Needs
+    samples: CalibrationSet | None
 
 
 def decide(recipe: Recipe) -> Decision:
     """Open the checkpoint, describe its model, and decide how every weight is stored.
 
     Raises:
-        EdgeError: If the checkpoint, the scheme or the target do not fit each other.
+        EdgeError: If the checkpoint, the adapter, the scheme or the target do not fit each other.
     """
     checkpoint = open_checkpoint(recipe.model, revision=recipe.revision)
-    model = load_model(checkpoint)
+    if recipe.adapter is not None:
+        checkpoint = merge_adapter(checkpoint, recipe.adapter)
+    model = load_model(checkpoint, residual_scale=recipe.scheme.residual_scale)
     check_tensors(checkpoint, model.checkpoint_shapes())
-    model = _select(model, recipe.components)
-    plan = make_plan(recipe.scheme, model.weights())
+    model = _limit(_select(model, recipe.components), recipe.context)
+    plan = make_plan(recipe.scheme, model.weights(), method=recipe.method)
+    samples = None
+    if recipe.calibration is not None:
+        check_chain(model)
+        samples = open_set(
+            recipe.calibration, images=takes(model, "pixel_values"), texts=takes(model, "input_ids")
+        )
+        plan = note_unreached(plan, unreached_weights(model, samples))
     TARGETS[recipe.target].check(model, plan)
-    return Decision(checkpoint=checkpoint, model=model, plan=plan)
+    return Decision(checkpoint=checkpoint, model=model, plan=plan, needs=predict_needs(plan), samples=samples)
 
 
 def build(recipe: Recipe, *, progress: Progress) -> Artifact:
@@ -63,18 +86,15 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
     decision = decide(recipe)
     checkpoint, model, plan = decision.checkpoint, decision.model, decision.plan
     stamps = _stamps(checkpoint)
-    # The integers are on disk twice for a while: as made, and as packed.
-    require_free_bytes(recipe.out, 2 * sum(row.stored_bits for row in plan.rows) // 8)
+    require_resources(recipe.out, decision.needs)
     progress("hash the checkpoint", 0, 1)
     checkpoint_sha256 = checkpoint.weights_sha256()
-    key = f"{checkpoint_sha256} {plan.sha256} {source_fingerprint()}"
+    samples_sha256 = decision.samples and decision.samples.sha256
+    key = f"{checkpoint_sha256} {plan.sha256} {samples_sha256} {source_fingerprint(Path(__file__).parent)}"
     with open_package(recipe.out, key=key) as package:
-        weights = quantize_weights(
-            plan,
-            model.reader(checkpoint),
-            package.weights,
-            progress=lambda done, total: progress("quantize", done, total),
-        )
+        weights = _quantize(recipe, decision, package.weights, progress)
+        for name in model.extra_files:
+            (package.directory / name).write_bytes(checkpoint.content(name))
         components, packed = TARGETS[recipe.target].lower(
             model,
             weights,
@@ -82,20 +102,47 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
             progress=lambda done, total: progress(f"lower to {recipe.target}", done, total),
         )
         compare_packed(plan, packed)
-        for name in model.extra_files:
-            shutil.copyfile(checkpoint.file(name), package.directory / name)
         (package.directory / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
         if _stamps(checkpoint) != stamps:
             raise CheckpointError(
-                f"the weight files of {checkpoint.id} changed while they were read; export again"
+                f"the weights of {checkpoint.id} changed while they were read; export again"
             )
         progress("hash the artifact", 0, 1)
         return package.publish(_manifest(recipe, decision, checkpoint_sha256, components, package))
 
 
+def _quantize(recipe: Recipe, decision: Decision, directory: Path, progress: Progress) -> QuantizedWeights:
+    """Make the integers, with samples or without."""
+    checkpoint, model, plan = decision.checkpoint, decision.model, decision.plan
+    read, find = model.reader(checkpoint), METHODS[recipe.method].find
+    if decision.samples is None:
+        return quantize_weights(
+            plan,
+            read,
+            directory,
+            find=find,
+            progress=lambda done, total: progress("quantize", done, total),
+        )
+    from medgemma_export.calibrate import calibrate  # PyTorch
+    from medgemma_export.calibration_inputs import model_inputs
+
+    progress("prepare calibration samples", 0, 1)
+    inputs = model_inputs(decision.samples, model, checkpoint)
+    return calibrate(
+        model,
+        plan,
+        read,
+        inputs,
+        directory,
+        find=find,
+        memory_bytes=recipe.calibration_bytes,
+        progress=lambda done, total: progress("calibrate", done, total),
+    )
+
+
 def _stamps(checkpoint: Checkpoint) -> list[tuple[int, int]]:
-    """Size and time of every weight file: what is hashed must be what is read."""
-    states = [(checkpoint.directory / name).stat() for name in checkpoint.weight_files]
+    """Size and time of every file of weights: what is hashed must be what is read."""
+    states = [path.stat() for path in checkpoint.weight_paths]
     return [(state.st_size, state.st_mtime_ns) for state in states]
 
 
@@ -107,6 +154,20 @@ def _select(model: ModelSpec, names: tuple[str, ...]) -> ModelSpec:
     return replace(model, components=tuple(known[name] for name in names or known))
 
 
+def _limit(model: ModelSpec, context: int | None) -> ModelSpec:
+    """The model with a shorter context, which costs a device less memory."""
+    if context is None:
+        return model
+    if model.prompt is None:
+        raise EdgeError(f"{model.architecture} answers no prompts, so it has no context; leave --context out")
+    if context > model.prompt.context:
+        raise EdgeError(
+            f"a context of {context} tokens was asked for and the model has {model.prompt.context}; "
+            "name that many or fewer"
+        )
+    return replace(model, prompt=replace(model.prompt, context=context))
+
+
 def _manifest(
     recipe: Recipe,
     decision: Decision,
@@ -115,6 +176,7 @@ def _manifest(
     package: Package,
 ) -> Manifest:
     checkpoint, model, plan = decision.checkpoint, decision.model, decision.plan
+    adapter = checkpoint.adapter
     return Manifest(
         schema_version=SCHEMA_VERSION,
         target=recipe.target,
@@ -126,6 +188,7 @@ def _manifest(
             weights_sha256=checkpoint_sha256,
             licence=model.licence,
             intended_use=model.intended_use,
+            adapter=None if adapter is None else AdapterInfo(name=adapter.name, sha256=adapter.sha256()),
         ),
         components=components,
         image=model.image if _takes("pixel_values", components) else None,
@@ -139,7 +202,7 @@ def _manifest(
             method=plan.method,
             activations=plan.activations,
             bits_per_weight=plan.bits_per_weight,
-            calibration=None,
+            calibration=None if decision.samples is None else decision.samples.summary,
         ),
         build=package.build_info(),
         files=package.files(),

@@ -8,31 +8,31 @@ one tensor (or a few of its rows) is in memory.
 import difflib
 import fnmatch
 import hashlib
-import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-# Importing ml_dtypes teaches numpy the name "bfloat16", which safetensors asks numpy for.
-import ml_dtypes  # noqa: F401
 import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_export.hub import download
 from medgemma_runtime.errors import CheckpointError
 
-__all__ = ["Checkpoint", "TensorInfo", "TensorReader", "open_checkpoint", "check_tensors"]
-
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+__all__ = [
+    "Checkpoint",
+    "Adapter",
+    "TensorInfo",
+    "TensorReader",
+    "EXACT_DTYPES",
+    "open_checkpoint",
+    "check_tensors",
+    "listed",
+]
 
 # Each of these converts to float32 without rounding.
-_EXACT_DTYPES = ("F32", "F16", "BF16")
-# Formats that run code when they are loaded, or that hide it.
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+EXACT_DTYPES = ("F32", "F16", "BF16")
 # What may be a hub id: OWNER/NAME.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CHUNK_BYTES = 1 << 20
@@ -65,6 +65,23 @@ class TensorReader(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter that is merged into a checkpoint's tensors as they are read.
+
+    Attributes:
+        name: Of its directory. Never a path.
+        paths: The files that decide what it does, its settings before its tensors.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+
+    def sha256(self) -> str:
+        """The SHA-256 of its files, one after the other."""
+        return _sha256(self.paths)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A model's weights on disk, read lazily.
 
@@ -75,6 +92,8 @@ class Checkpoint:
         tensors: Every tensor by its Hugging Face name.
         directory: Where the files are.
         reader: How this format reads a tensor; callers use `read`.
+        adapter: What `reader` merges into the tensors, if anything.
+        made: Files that the format holds in another form, by Hugging Face's name; callers use `content`.
     """
 
     id: str
@@ -83,6 +102,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     directory: Path
     reader: TensorReader
+    adapter: Adapter | None = None
+    made: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
     def read(self, name: str, *, rows: slice | None = None) -> NDArray[np.float32]:
         """One tensor as float32, exactly as stored.
@@ -128,27 +149,34 @@ class Checkpoint:
             )
         return path
 
+    def content(self, name: str) -> bytes:
+        """A file beside the weights, or what the format holds in its place.
+
+        Raises:
+            CheckpointError: If it is not there.
+        """
+        return self.made[name]() if name in self.made else self.file(name).read_bytes()
+
     @property
     def weight_files(self) -> tuple[str, ...]:
         """The files that hold tensors, in name order."""
         return tuple(sorted({info.file for info in self.tensors.values()}))
 
+    @property
+    def weight_paths(self) -> tuple[Path, ...]:
+        """Every file that decides what is read: the weight files in name order, then the adapter's."""
+        paths = tuple(self.directory / name for name in self.weight_files)
+        return paths if self.adapter is None else (*paths, *self.adapter.paths)
+
     def weights_sha256(self, *, progress: Callable[[int], None] | None = None) -> str:
-        """The SHA-256 of the weight files, one after the other in name order.
+        """The SHA-256 of `weight_paths`, one after the other.
 
         For a single file this is that file's own SHA-256; for shards, that of `cat model-*.safetensors`.
 
         Args:
             progress: Called with the bytes read since the last call.
         """
-        digest = hashlib.sha256()
-        for name in self.weight_files:
-            with (self.directory / name).open("rb") as stream:
-                while chunk := stream.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    if progress is not None:
-                        progress(len(chunk))
-        return digest.hexdigest()
+        return _sha256(self.weight_paths, progress=progress)
 
 
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
@@ -176,8 +204,10 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     if path.exists():
         return _open_path(path, id=path.resolve().name)
     if _HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".safetensors"):
+        from medgemma_export.safetensors_checkpoint import open_directory
+
         directory = download(model, revision=revision)
-        return _open_directory(directory, id=model, revision=directory.name)
+        return open_directory(directory, id=model, revision=directory.name)
     raise CheckpointError(
         f"{model} does not exist and is no hub id; name a checkpoint's directory, a .gguf file, a hub id "
         "such as google/medsiglip-448, or a sample such as sample:medsiglip-tiny"
@@ -219,10 +249,10 @@ def check_tensors(
             f"{info.name} ({info.file}, {info.dtype})"
             for info in present
             # The other types of a GGUF file are dequantized.
-            if info.file.endswith(".safetensors") and info.dtype not in _EXACT_DTYPES
+            if info.file.endswith(".safetensors") and info.dtype not in EXACT_DTYPES
         ],
     }
-    found = [f"{_listed(names)} {what}" for what, names in faults.items() if names]
+    found = [f"{listed(names)} {what}" for what, names in faults.items() if names]
     if found:
         raise CheckpointError(
             f"{checkpoint.id} does not hold this model's weights: {'; '.join(found)}. "
@@ -231,144 +261,31 @@ def check_tensors(
 
 
 def _open_path(path: Path, *, id: str) -> Checkpoint:
+    from medgemma_export import safetensors_checkpoint
+
     if path.is_dir():
-        return _open_directory(path, id=id, revision=None)
+        return safetensors_checkpoint.open_directory(path, id=id, revision=None)
     if path.suffix == ".gguf":
         from medgemma_export.gguf_checkpoint import open_gguf
 
         return open_gguf(path, id=id)
-    if any(path.match(pattern) for pattern in _PICKLED):
-        raise _pickled_error([path.name], holder="the file itself")
+    if safetensors_checkpoint.is_pickled(path.name):
+        raise safetensors_checkpoint.pickled_error([path.name], holder="the file itself")
     raise CheckpointError(
         f"{path.name} is neither a directory nor a .gguf file; "
         "name the directory that holds config.json and the .safetensors files"
     )
 
 
-def _open_directory(directory: Path, *, id: str, revision: str | None) -> Checkpoint:
-    tensors = _table_of_contents(directory, id)
-
-    def read(info: TensorInfo, rows: slice | None) -> NDArray[np.float32]:
-        return _read_safetensors(directory / info.file, info, rows)
-
-    return Checkpoint(
-        id=id,
-        revision=revision,
-        config=_read_json_object(directory / "config.json", id),
-        tensors=tensors,
-        directory=directory,
-        reader=read,
-    )
-
-
-def _table_of_contents(directory: Path, id: str) -> dict[str, TensorInfo]:
-    """All tensors of a directory, from its one weight file or from its index and every shard."""
-    index_path, single_path = directory / INDEX_NAME, directory / WEIGHTS_NAME
-    if index_path.exists() and single_path.exists():
-        raise CheckpointError(
-            f"{id} holds both {INDEX_NAME} and {WEIGHTS_NAME}, which may differ; "
-            "remove the one you do not mean"
-        )
-    if single_path.exists():
-        return _read_header(single_path)
-    if not index_path.exists():
-        raise _no_weights_error(directory, id)
-
-    weight_map = _read_json_object(index_path, id).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{INDEX_NAME} of {id} has no weight_map of names to files; copy it again")
-    tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise CheckpointError(f"{INDEX_NAME} of {id} names {file!r}, which lies outside the directory")
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{id} lacks the shard {file} that {INDEX_NAME} names; copy it again")
-        for name, info in _read_header(directory / file).items():
-            if weight_map.get(name) != file:
-                raise CheckpointError(
-                    f"{file} of {id} holds {name}, which {INDEX_NAME} places in "
-                    f"{weight_map.get(name, 'no file')}; index and shards are not of one checkpoint: "
-                    "copy all of them again"
-                )
-            tensors[name] = info
-    if absent := sorted(set(weight_map) - set(tensors)):
-        raise CheckpointError(
-            f"{INDEX_NAME} of {id} lists {_listed(absent)}, which the shards do not hold; "
-            "index and shards are not of one checkpoint: copy all of them again"
-        )
-    return tensors
-
-
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as stored:
-            slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-            return {
-                name: TensorInfo(
-                    name=name, shape=tuple(part.get_shape()), dtype=part.get_dtype(), file=path.name
-                )
-                for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read as safetensors ({error}); the download is incomplete, or the "
-            "file is damaged or only a Git LFS pointer: get it again"
-        ) from error
-
-
-def _read_safetensors(path: Path, info: TensorInfo, rows: slice | None) -> NDArray[np.float32]:
-    """One tensor; the library maps the file, copies the asked bytes and unmaps it again."""
-    from safetensors import safe_open
-
-    if info.dtype not in _EXACT_DTYPES:
-        raise CheckpointError(
-            f"{info.name} in {info.file} is stored as {info.dtype}; only {', '.join(_EXACT_DTYPES)} convert "
-            "to float32 exactly: use the original, unquantized checkpoint"
-        )
-    with safe_open(path, framework="numpy") as stored:
-        values = stored.get_tensor(info.name) if rows is None else stored.get_slice(info.name)[rows]
-    return np.ascontiguousarray(values.astype(np.float32, copy=False)).reshape(values.shape)
-
-
-def _read_json_object(path: Path, id: str) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{id} has no {path.name}; copy it from the model's repository into the checkpoint's directory"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} of {id} is not JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} of {id} is not a JSON object; copy it again")
-    return content
-
-
-def _no_weights_error(directory: Path, id: str) -> CheckpointError:
-    names = sorted(entry.name for entry in os.scandir(directory))
-    pickled = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in _PICKLED)]
-    if pickled:
-        return _pickled_error(pickled, holder=id)
-    if "adapter_config.json" in names:
-        return CheckpointError(
-            f"{id} holds an adapter and no base weights; name the base checkpoint as "
-            "the model and this one as its adapter"
-        )
-    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
-    held = f"it holds {_listed(others)}" if others else "it holds no .safetensors file"
-    return CheckpointError(
-        f"{id} has neither {WEIGHTS_NAME} nor {INDEX_NAME}; {held}: name the directory or .gguf file of one "
-        "whole model"
-    )
-
-
-def _pickled_error(names: Sequence[str], *, holder: str) -> CheckpointError:
-    return CheckpointError(
-        f"{_listed(names)} ({holder}) is a pickled checkpoint, which can run code when it is loaded; "
-        "convert it on a machine you can lose, with transformers' save_pretrained, which writes safetensors"
-    )
+def _sha256(paths: Sequence[Path], *, progress: Callable[[int], None] | None = None) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                if progress is not None:
+                    progress(len(chunk))
+    return digest.hexdigest()
 
 
 def _checked_rows(rows: slice, info: TensorInfo) -> slice:
@@ -385,7 +302,8 @@ def _did_you_mean(name: str, candidates: Sequence[str] | Mapping[str, object]) -
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are: for messages."""
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,17 +11,29 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from medgemma_benchmarks.bundle import ReferenceBundle
+from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle
 from medgemma_export.build import Decision, build, decide
+from medgemma_export.checkpoint import open_checkpoint
+from medgemma_export.original import Device, Dtype
 from medgemma_export.plain_onnx import export_plain_onnx
 from medgemma_export.recipe import Recipe
-from medgemma_export.reference import Device, Dtype, record_reference
+from medgemma_export.reference import record_reference
 from medgemma_export.reference_images import directory_images, read_labels, sample_images, sample_labels
+from medgemma_export.reference_prompts import (
+    PromptText,
+    directory_prompts,
+    image_prompts,
+    note_prompts,
+)
+from medgemma_export.reference_text import record_text_reference, records_text, sees_images
+from medgemma_export.targets import TARGETS
+from medgemma_quantization.methods import MethodName
 from medgemma_quantization.scheme import SCHEMES, Scheme, load_scheme
 from medgemma_runtime.artifact import Artifact
-from medgemma_runtime.command import progress_bar, run_app
+from medgemma_runtime.command import printable, progress_bar, run_app
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import Precision, TargetName
+from medgemma_runtime.sample_images import LABELS
 
 __all__ = ["export_main", "reference_main"]
 
@@ -32,6 +45,10 @@ Examples:
   medgemma-export --target onnx --model google/medsiglip-448 --precision int4 --out medsiglip-int4
 
   medgemma-export --target onnx --model ./my-finetune --precision int8 --components image --dry-run
+
+  medgemma-export --target onnx --model google/medgemma-1.5-4b-it --adapter ./my-lora --precision int4
+
+  medgemma-export --target onnx --model ./my-finetune --precision int4 --method gptq --calibration builtin
 """
 
 _REFERENCE_EXAMPLES = """
@@ -40,6 +57,8 @@ Examples:
   medgemma-reference record --model google/medsiglip-448 --out reference
 
   medgemma-reference record --model ./my-finetune --images ./studies --labels labels.toml --out reference
+
+  medgemma-reference record --model google/medgemma-4b-it --notes ./notes --device cuda --out reference
 
   medgemma-reference packing medsiglip-int8 --model google/medsiglip-448 --reference reference --out packing
 """
@@ -57,6 +76,7 @@ _reference = typer.Typer(
 Model = Annotated[
     str, typer.Option(help="A directory, a hub id such as google/medsiglip-448, or sample:NAME.")
 ]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -85,13 +105,29 @@ def export(
     components: Annotated[
         list[str] | None, typer.Option(help="Export only this component; repeat for more.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    revision: Revision = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A directory with a LoRA adapter as PEFT saves it, to merge in.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and answer together; all the model has if left.")
+    ] = None,
+    method: Annotated[MethodName, typer.Option(help="How integers are found.")] = "rtn",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Samples to calibrate on: a directory, a manifest file, or builtin; needed by gptq."
+        ),
+    ] = None,
+    calibration_memory: Annotated[
+        float, typer.Option(help="GB of memory for their activations; the rest goes to the disk.")
+    ] = 2.0,
     out: Annotated[Path | None, typer.Option(help="Artifact directory; must not exist yet.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the plan and stop before reading weights.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a checkpoint into an artifact that a phone, a tablet or a laptop runs."""
-    wish = _scheme(precision, scheme)
+    wish = _scheme(precision, scheme, target)
     try:
         recipe = Recipe(
             model=model,
@@ -99,7 +135,12 @@ def export(
             target=target,
             scheme=wish,
             components=tuple(components or ()),
-            out=out or Path(f"{Path(model.removeprefix('sample:')).name}-{target}-{wish.name}"),
+            out=out or _default_out(model, adapter, target, wish),
+            adapter=adapter,
+            context=context,
+            method=method,
+            calibration=calibration,
+            calibration_bytes=int(calibration_memory * 1e9),
         )
     except ValueError as error:
         raise EdgeError(str(error)) from None
@@ -121,15 +162,41 @@ def record(
     labels: Annotated[
         Path | None, typer.Option(help="A TOML file of zero-shot labels; needed with --images.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    notes: Annotated[
+        Path | None,
+        typer.Option(help="A directory of .txt files to predict, in place of the built-in notes and images."),
+    ] = None,
+    revision: Revision = None,
     device: Annotated[Device, typer.Option(help="Where the original model runs.")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="What it computes in; parity takes float32 only.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Run the original model with transformers and keep inputs and outputs as a bundle.
 
-    The bundle holds the pixels and the file names of --images: treat it as you treat those files.
+    Of MedSigLIP, embeddings of images and captions; of MedGemma, what it predicts after each token of texts
+    and of answers about images. The bundle holds what is in --images and --notes, and their file names: treat
+    it as you treat those files.
     """
+    checkpoint = open_checkpoint(model, revision=revision)
+    if records_text(checkpoint):
+        if images is not None or labels is not None:
+            raise EdgeError(f"{model} answers; --images and --labels are of encoders: give --notes, or none")
+        prompts, shown = _prompts(notes, sees_images=sees_images(checkpoint))
+        with progress_bar("read the checkpoint") as progress:
+            bundle = record_text_reference(
+                model,
+                out,
+                prompts=prompts,
+                images=shown,
+                revision=revision,
+                device=device,
+                dtype=dtype,
+                progress=progress,
+            )
+        _print_bundle(bundle, as_json=as_json)
+        return
+    if notes is not None:
+        raise EdgeError(f"{model} is an encoder; --notes are for models that answer: leave them out")
     if (images is None) != (labels is None):
         raise EdgeError("--images and --labels go together: a directory, and the labels to tell it apart by")
     with progress_bar("decode images") as progress:
@@ -158,41 +225,116 @@ def packing(
     model: Model,
     reference: Annotated[Path, typer.Option(help="The float reference of the same checkpoint.")],
     out: Annotated[Path, typer.Option(help="Bundle directory; must not exist yet.")],
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute what an artifact's integers should give, from the checkpoint and the plan alone."""
     from medgemma_export.packing import record_packing  # PyTorch, which --help need not wait for
 
     with progress_bar("read the checkpoint") as progress:
-        bundle = record_packing(artifact, model, reference, out, progress=progress)
+        bundle = record_packing(artifact, model, reference, out, revision=revision, progress=progress)
     _print_bundle(bundle, as_json=as_json)
+
+
+@_reference.command()
+def ablate(
+    model: Model,
+    notes: Annotated[
+        Path | None,
+        typer.Option(help="A directory of .txt files to predict, in place of the built-in notes and images."),
+    ] = None,
+    revision: Revision = None,
+    device: Annotated[Device, typer.Option(help="Where the original model runs.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure what the details that ports get wrong are worth: KL divergence from the original, in nats."""
+    from medgemma_export.ablation import ablate as measure  # PyTorch, which --help need not wait for
+
+    checkpoint = open_checkpoint(model, revision=revision)
+    prompts, shown = _prompts(notes, sees_images=sees_images(checkpoint))
+    with progress_bar("read the checkpoint") as progress:
+        found = measure(
+            model, prompts=prompts, images=shown, revision=revision, device=device, progress=progress
+        )
+    if as_json:
+        typer.echo(json.dumps({name: asdict(parity) for name, parity in found.items()}, indent=2))
+        return
+    typer.echo(f"{checkpoint.id} in float32, against itself unchanged; KL divergence in nats")
+    table = Table("change", box=None)
+    for heading in ("tokens", "KL mean", "KL p99", "same first", "perplexity", "unchanged"):
+        table.add_column(heading, justify="right")
+    for name, parity in found.items():
+        share = "none" if parity.agreement is None else f"{parity.agreement:.1%}"
+        divergence = (f"{parity.kl_mean:.2g}", f"{parity.kl_p99:.2g}")
+        perplexity = (f"{parity.perplexity:.2f}", f"{parity.reference_perplexity:.2f}")
+        table.add_row(name, str(parity.tokens), *divergence, share, *perplexity)
+    Console().print(table)
 
 
 @_reference.command()
 def plain_onnx(
     model: Model,
     out: Annotated[Path, typer.Option(help="The .onnx file; must not exist yet.")],
+    revision: Revision = None,
 ) -> None:
     """Export the image tower by plain torch.onnx, a peer for medgemma-bench --against."""
     with progress_bar("export with torch.onnx"):
-        export_plain_onnx(model, out)
+        export_plain_onnx(model, out, revision=revision)
     typer.echo(str(out))
 
 
-def _scheme(precision: Precision, path: Path | None) -> Scheme:
+def _prompts(
+    notes: Path | None, *, sees_images: bool
+) -> tuple[tuple[PromptText, ...], tuple[DecodedImage, ...]]:
+    """The user's notes, or the built-in ones, and questions about built-in images where a model sees any."""
+    if notes is not None:
+        return directory_prompts(notes), ()
+    if not sees_images:
+        return note_prompts(), ()
+    with progress_bar("decode images") as progress:
+        shown = sample_images(progress)
+    return (*image_prompts(shown, LABELS), *note_prompts()), shown
+
+
+def _scheme(precision: Precision, path: Path | None, target: TargetName) -> Scheme:
     if path is not None:
         return load_scheme(path)
     if precision not in SCHEMES:
         raise EdgeError(f"precision {precision!r} is unknown; the precisions are {', '.join(SCHEMES)}")
-    return SCHEMES[precision]
+    if target not in TARGETS:
+        raise EdgeError(f"target {target!r} is unknown; the targets are {', '.join(TARGETS)}")
+    return TARGETS[target].scheme(precision)
+
+
+def _default_out(model: str, adapter: Path | None, target: TargetName, scheme: Scheme) -> Path:
+    names = [Path(model.removeprefix("sample:")).name, target, scheme.name]
+    if adapter is not None:
+        names.insert(1, adapter.resolve().name)
+    return Path("-".join(names))
 
 
 def _print_decision(decision: Decision, *, as_json: bool) -> None:
-    plan = decision.plan
+    plan, needs = decision.plan, decision.needs
+    adapter, prompt = decision.checkpoint.adapter, decision.model.prompt
     if as_json:
-        typer.echo(plan.to_json())
+        facts = {
+            "model": decision.checkpoint.id,
+            "adapter": adapter and adapter.name,
+            "context": prompt and prompt.context,
+            "bits_per_weight": plan.bits_per_weight,
+            "disk_bytes": needs.disk_bytes,
+            "memory_bytes": needs.memory_bytes,
+            "plan": json.loads(plan.to_json()),
+        }
+        typer.echo(json.dumps(facts))
         return
-    table = Table(title=f"{decision.checkpoint.id}, {plan.bits_per_weight:.2f} bits per weight")
+    title = decision.checkpoint.id + (f" with adapter {adapter.name}" if adapter else "")
+    context = f"context {prompt.context:,} tokens; " if prompt else ""
+    table = Table(
+        title=printable(f"{title}, {plan.bits_per_weight:.2f} bits per weight"),
+        caption=f"{context}the export needs {needs.memory_bytes / 1e9:.1f} GB of memory and "
+        f"{needs.disk_bytes / 1e9:.1f} GB of disk",
+    )
     for heading in ("weights", "stored as", "MB", "why"):
         table.add_column(heading, justify="right" if heading in ("weights", "MB") else "left")
     counts: Counter[tuple[str, str]] = Counter()
@@ -213,9 +355,13 @@ def _print_bundle(bundle: ReferenceBundle, *, as_json: bool) -> None:
         )
         return
     producer = record.producer
+    held = f"{len(record.images)} images, {len(record.labels)} labels"
+    if record.prompts:
+        predictions = sum(prompt.predictions for prompt in record.prompts)
+        held = f"{predictions} predictions in {len(record.prompts)} prompts, {len(record.images)} images"
     typer.echo(
-        f"{bundle.directory}: {record.kind} reference of {record.model_id}, {len(record.images)} images, "
-        f"{len(record.labels)} labels, {producer.dtype} on {producer.device} ({producer.device_name})"
+        f"{bundle.directory}: {record.kind} reference of {record.model_id}, {held}, "
+        f"{producer.dtype} on {producer.device} ({producer.device_name})"
     )
 
 
@@ -231,8 +377,9 @@ def _print_artifact(artifact: Artifact, *, as_json: bool) -> None:
         }
         typer.echo(json.dumps(facts))
         return
+    adapter = f" with adapter {manifest.model.adapter.name}" if manifest.model.adapter else ""
     typer.echo(
-        f"{artifact.directory}: {manifest.model.id} as {manifest.target} {manifest.precision}, "
+        f"{artifact.directory}: {manifest.model.id}{adapter} as {manifest.target} {manifest.precision}, "
         f"{artifact.size_bytes / 1e6:.1f} MB ({manifest.quantization.bits_per_weight:.2f} bits per weight), "
         f"{manifest.build.seconds:.0f} s, peak memory {manifest.build.peak_rss_bytes / 1e9:.2f} GB"
     )

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's integer kernels do to activations, computed exactly in PyTorch.
+"""What the targets' integer kernels do to activations, computed exactly in PyTorch.
 
 A packing reference must round activations as the target does, or the rounding would hide a packing error.
 """
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from medgemma_quantization.affine import QuantizedTensor
 
-__all__ = ["onnx_integer_linear"]
+__all__ = ["onnx_integer_linear", "executorch_integer_linear"]
 
 
 def onnx_integer_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
@@ -46,3 +46,24 @@ def _block_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
     rounded = (blocks * inverse).round().double() * (peak / 127).double()
     matrix = torch.from_numpy(weight.dequantize()).double()
     return functional.linear(rounded.flatten(-2), matrix).float()
+
+
+def executorch_integer_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    """XNNPACK's `qd8` kernels: one int8 range for each token, zero included.
+
+    The zero point is chosen as XNNPACK chooses it (`xnn_f32_qd8_asymmetric_quantization_params`): from the
+    end of the range where rounding it errs least.
+
+    Shapes:
+        x: [..., inputs] float32
+        result: [..., outputs] float32
+    """
+    low = x.amin(-1, keepdim=True).clamp(max=0)
+    high = x.amax(-1, keepdim=True).clamp(min=0)
+    steps = torch.where(high > low, 255 / (high - low), 1)  # for each unit of x
+    from_low, from_high = -128 - low * steps, 127 - high * steps
+    is_low = (-128 + low * steps) + (127 + high * steps) > 0
+    zero = torch.where(is_low, from_low, from_high).clamp(-128, 127).round()
+    rounded = ((x * steps).round() + zero).clamp(-128, 127) - zero
+    matrix = torch.from_numpy(weight.dequantize()).double()
+    return functional.linear(rounded.double() / steps.double(), matrix).float()

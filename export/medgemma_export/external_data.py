@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["ExternalData"]
+__all__ = ["ExternalData", "piece_name"]
 
 _LARGE_BYTES = 1 << 20
 _LARGE_ALIGNMENT = 1 << 16
@@ -60,6 +60,29 @@ class ExternalData:
         self._stream.write(array.data)
         self._shared[name] = _refer(self._path, offset, array, name)
         return self._shared[name]
+
+    def add_in_pieces(self, name: str, array: NDArray[Any], rows: int) -> list[ir.TensorProtocol]:
+        """Append an array as `add` does, and return a tensor for every so many rows of it.
+
+        An engine that copies a weight into a layout of its own then holds one piece twice, not all of it. Not
+        for arrays so small that they lie in the program.
+        """
+        self.add(name, array)
+        whole = self._shared[name]
+        return [
+            _refer(
+                Path(whole.path),
+                (whole.offset or 0) + array[:start].nbytes,
+                array[start : start + rows],
+                piece_name(name, start, min(start + rows, len(array))),
+            )
+            for start in range(0, len(array), rows)
+        ]
+
+
+def piece_name(name: str, start: int, stop: int) -> str:
+    """What some rows of a tensor are called."""
+    return f"{name}[{start}:{stop}]"
 
 
 def _refer(path: Path, offset: int, array: NDArray[Any], name: str) -> ir.ExternalTensor:

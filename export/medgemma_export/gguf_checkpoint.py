@@ -5,6 +5,8 @@ tokenizer's 262,144 entries into several arrays: tens of seconds and 0.7 GB befo
 The format's specification is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import functools
+import json
 import math
 import os
 import re
@@ -19,6 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 from numpy.typing import NDArray
 
 from medgemma_export.checkpoint import Checkpoint, TensorInfo
+from medgemma_export.gguf_tokenizer import TOKENIZER_FILES, convert_tokenizer
 from medgemma_runtime.errors import CheckpointError
 
 __all__ = ["open_gguf"]
@@ -117,16 +120,23 @@ def open_gguf(path: Path, *, id: str) -> Checkpoint:
     def read(info: TensorInfo, rows: slice | None) -> NDArray[np.float32]:
         return _read_rows(path, info, stored[info.name], slice(0, info.shape[0]) if rows is None else rows)
 
+    config = _make_config(metadata, stored, path.name)
+    tokenizer = functools.cache(convert_tokenizer)
+
+    def make(name: str) -> bytes:
+        return json.dumps(config, indent=2).encode() if name == "config.json" else tokenizer(path)[name]
+
     return Checkpoint(
         id=id,
         revision=None,
-        config=_make_config(metadata, stored, path.name),
+        config=config,
         tensors={
             name: TensorInfo(name=name, shape=entry.shape, dtype=entry.kind.name, file=path.name)
             for name, entry in stored.items()
         },
         directory=path.parent,
         reader=read,
+        made={name: functools.partial(make, name) for name in ("config.json", *TOKENIZER_FILES)},
     )
 
 

@@ -55,11 +55,15 @@ class LayerNorm:
 
 @dataclass(frozen=True, kw_only=True)
 class RmsNorm:
-    """`x / rms(x) * (1 + NAME.weight)` over the last axis: Gemma stores the gain less one."""
+    """`x / rms(x) * (1 + NAME.weight) * factor` over the last axis: Gemma stores the gain less one.
+
+    The factor is a power of two, so that it changes exponents only.
+    """
 
     name: str
     width: int
     eps: float
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +177,7 @@ class Ops(Protocol[T]):
         ...
 
     def token(self, x: T, index: int) -> T:
-        """[B, S, H] to the token at `index` (negative from the end), [B, H]."""
+        """[B, S, H] to the token at `index` (negative from the end), [B, 1, H]."""
         ...
 
     def scaled_embed(self, ids: T, table: Table, scale: float) -> T:
@@ -200,7 +204,7 @@ class Ops(Protocol[T]):
         ...
 
     def join_batch(self, x: T) -> T:
-        """[B, S, H] to [B * S, H]: the tokens of all images, one image after the other."""
+        """[B, S, H] to [B * S, H]: the tokens of all images or texts, one after the other."""
         ...
 
     def gated_mlp(self, x: T, gate: Linear, up: Linear, down: Linear, activation: Activation) -> T:
@@ -256,5 +260,5 @@ class Ops(Protocol[T]):
         ...
 
     def logits(self, x: T, table: Table) -> T:
-        """[B, H] against every row of a table, [B, rows]: the head tied to the embedding."""
+        """[B, 1, H] against every row of a table, [B, 1, rows]: the head tied to the embedding."""
         ...

@@ -5,6 +5,7 @@ was interrupted finds its integers there and goes on; one of another checkpoint 
 """
 
 import hashlib
+import math
 import shutil
 import tempfile
 import time
@@ -17,13 +18,30 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from medgemma_benchmarks.process_cost import peak_rss_bytes
+from medgemma_quantization.plan import PlanRow, QuantPlan
+from medgemma_quantization.weights import rounding_bytes
 from medgemma_runtime.artifact import Artifact, sha256_file
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import BuildInfo, FileEntry, Manifest, write_manifest
 
-__all__ = ["Package", "open_package", "require_absent", "require_free_bytes"]
+__all__ = [
+    "Package",
+    "Needs",
+    "open_package",
+    "predict_needs",
+    "require_absent",
+    "require_resources",
+    "available_memory_bytes",
+]
 
 _TOOLS = ("medgemma-edge", "numpy", "onnx-ir", "transformers")
+
+# Alignment in the weight file, headers and hashes beside the integers, and what a file system rounds up to.
+_SLACK_BYTES = 64 << 10
+# A tokenizer (Gemma's has 33 MB), the programs themselves, the plan.
+_SMALL_FILES_BYTES = 64 << 20
+# Graphs, plan and manifest in memory.
+_REST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +99,7 @@ def open_package(out: Path, *, key: str) -> Iterator[Package]:
         EdgeError: If `out` exists, or another export is writing it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
+    partial = _partial(out)
     # Not in the directory, which is removed while the lock is held, nor beside it, where it would stay.
     place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()
     lock = FileLock(Path(tempfile.gettempdir()) / f"medgemma-export-{place[:16]}.lock")
@@ -107,6 +125,10 @@ def open_package(out: Path, *, key: str) -> Iterator[Package]:
         lock.release()
 
 
+def _partial(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
 def require_absent(out: Path) -> None:
     """Refuse to write over anything.
 
@@ -117,16 +139,111 @@ def require_absent(out: Path) -> None:
         raise EdgeError(f"{out} exists already and is left alone; name another --out or remove it")
 
 
-def require_free_bytes(out: Path, needed: int) -> None:
-    """Refuse an export that the disk cannot hold, before it starts.
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What an export takes at its highest point, beyond what this process holds already.
+
+    Attributes:
+        disk_bytes: Integers as made and as packed, which are there together before the end.
+        memory_bytes: Arrays. Pages of mapped files are not in it: the system takes those back.
+        heaviest: The step that needs most memory, for people.
+    """
+
+    disk_bytes: int
+    memory_bytes: int
+    heaviest: str
+
+
+def predict_needs(plan: QuantPlan) -> Needs:
+    """From the plan alone; held against measurements in tests/export/test_package.py."""
+    disk_bytes = sum(_made_bytes(row) + row.stored_bits // 8 + _SLACK_BYTES for row in plan.rows)
+    steps = [(rounding_bytes(row), f"to round {row.name}") for row in plan.rows]
+    steps += [(_lowering_bytes(row), f"to lower {row.name}") for row in plan.rows]
+    memory_bytes, heaviest = max(steps)
+    return Needs(
+        disk_bytes=disk_bytes + _SMALL_FILES_BYTES,
+        memory_bytes=memory_bytes + _REST_BYTES,
+        heaviest=heaviest,
+    )
+
+
+def require_resources(out: Path, needs: Needs) -> None:
+    """Refuse, before it starts, an export that disk or memory cannot hold.
 
     Raises:
-        EdgeError: If fewer than `needed` bytes are free where `out` goes.
+        EdgeError: If less is free than is needed.
     """
     existing = next(parent for parent in (out.parent.resolve(), *out.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    # What an interrupted export left is taken over or removed.
+    left = sum(path.stat().st_size for path in _partial(out).rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing).free + left
+    if free < needs.disk_bytes:
         raise EdgeError(
-            f"the export needs about {needed / 1e9:.1f} GB of disk (integers and programs) and "
+            f"the export needs about {needs.disk_bytes / 1e9:.1f} GB of disk (integers and programs) and "
             f"{free / 1e9:.1f} GB are free at {out.parent}; free some space or name another --out"
         )
+    available = available_memory_bytes()
+    if available < needs.memory_bytes:
+        raise EdgeError(
+            f"the export needs about {needs.memory_bytes / 1e9:.1f} GB of memory ({needs.heaviest}) and "
+            f"{available / 1e9:.1f} GB are available; close other programs, choose a lower --precision or "
+            "fewer --components, or use a machine with more memory"
+        )
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be had without swapping: of the machine, or of this process's control group if less.
+
+    Args:
+        root: Where the file systems `proc` and `sys` of Linux are; other systems have none.
+    """
+    import psutil
+
+    free = [int(psutil.virtual_memory().available)]
+    membership = root / "proc/self/cgroup"
+    for line in membership.read_text().splitlines() if membership.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            group, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            group = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inner = group / path.lstrip("/")
+        # A limit of any group above holds too; inside a container only the innermost may be visible.
+        groups = [inner, *(parent for parent in inner.parents if parent.is_relative_to(group))]
+        free += [bytes_ for place in groups if (bytes_ := _group_bytes(place, *names)) is not None]
+    return min(free)
+
+
+def _group_bytes(group: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+    """What a control group may still take; None where it has no limit."""
+    if not (group / limit).is_file() or (stated := (group / limit).read_text().strip()) == "max":
+        return None
+    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    used = int((group / usage).read_text()) - int(statistics.get(reclaimable, 0))
+    return max(0, int(stated) - used)
+
+
+def _made_bytes(row: PlanRow) -> int:
+    """On disk, until the artifact is finished: integers as made, with scales as float32."""
+    if row.storage.is_float:
+        return 0
+    return math.prod(row.stored_shape) * row.storage.bits // 8 + _scale_count(row) * 4 + _SLACK_BYTES
+
+
+def _lowering_bytes(row: PlanRow) -> int:
+    """In memory while a target packs a weight: its copies, as measured with the ONNX target."""
+    values = math.prod(row.stored_shape)
+    if row.storage.bits == 32:
+        return values * (8 if row.role == "linear" else 6)
+    if row.storage.is_float:
+        return values * 10
+    if not row.storage.block:
+        return values * 6
+    return values * row.storage.bits // 8 * 2 + _scale_count(row) * 8
+
+
+def _scale_count(row: PlanRow) -> int:
+    return math.prod(row.stored_shape) // (row.storage.block or row.stored_shape[-1])

@@ -34,7 +34,13 @@ _ROWS_AT_ONCE = 8
 
 
 def record_packing(
-    artifact_directory: Path, model: str, reference: Path, out: Path, *, progress: Progress
+    artifact_directory: Path,
+    model: str,
+    reference: Path,
+    out: Path,
+    *,
+    revision: str | None = None,
+    progress: Progress,
 ) -> ReferenceBundle:
     """Compute an artifact's packing reference on the inputs of a float reference.
 
@@ -43,6 +49,7 @@ def record_packing(
         model: The checkpoint it was made from.
         reference: A float reference bundle of that checkpoint.
         out: The bundle to create.
+        revision: Hub revision, or None for its main branch.
         progress: Called with what is being done, steps done, and steps in all.
 
     Raises:
@@ -50,13 +57,24 @@ def record_packing(
     """
     require_absent(out)
     artifact = open_artifact(artifact_directory)
+    if (adapter := artifact.manifest.model.adapter) is not None:
+        raise EdgeError(
+            f"{artifact_directory.name} has the adapter {adapter.name} merged in, and "
+            "references are of whole checkpoints; merge it with PEFT's merge_and_unload and export what "
+            "that saves"
+        )
     bundle = open_bundle(reference)
     manifest, record = artifact.manifest, bundle.record
+    if record.kind != "float":
+        raise EdgeError(
+            f"{reference} is a {record.kind} reference, and packing is asked of encoders against a float one; "
+            "name that, or compare the artifact with this reference as it is"
+        )
     if manifest.precision == "fp32":
         raise EdgeError(
             f"{artifact_directory.name} is fp32 and packs no integers; compare it with the reference"
         )
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, revision=revision)
     for what, weights_sha256 in (
         ("the checkpoint", checkpoint.weights_sha256()),
         ("the reference", record.weights_sha256),
@@ -67,7 +85,7 @@ def record_packing(
                 f"{manifest.model.weights_sha256[:12]}; name the checkpoint and reference of this artifact"
             )
     plan = read_plan(artifact.path(manifest.quantization.plan))
-    spec = load_model(checkpoint)
+    spec = load_model(checkpoint, residual_scale=plan.residual_scale)
     arrays: dict[str, NDArray[np.generic]] = dict(bundle.arrays)
     programs: dict[str, Path] = {}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:

@@ -10,12 +10,13 @@ from medgemma_runtime.errors import EdgeError, missing_package
 __all__ = ["export_plain_onnx"]
 
 
-def export_plain_onnx(model: str, out: Path) -> None:
+def export_plain_onnx(model: str, out: Path, *, revision: str | None = None) -> None:
     """Write the image tower of a SiglipModel in float32, batch dynamic, nothing fused by hand.
 
     Args:
         model: What `open_checkpoint` takes.
         out: The .onnx file to create; its weights go to `OUT.data`.
+        revision: Hub revision, or None for its main branch.
 
     Raises:
         EdgeError: If `out` exists or onnxscript is not installed.
@@ -29,7 +30,7 @@ def export_plain_onnx(model: str, out: Path) -> None:
     import torch
     from transformers import SiglipVisionModel
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, revision=revision)
     tower = SiglipVisionModel.from_pretrained(checkpoint.directory, dtype=torch.float32).eval()
     size = tower.config.image_size
 

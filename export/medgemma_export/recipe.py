@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medgemma_export.targets import TARGETS
+from medgemma_quantization.calibration import BUILTIN
+from medgemma_quantization.methods import METHODS, MethodName
 from medgemma_quantization.scheme import Scheme
 from medgemma_runtime.manifest import TargetName
 
@@ -21,6 +23,11 @@ class Recipe:
         scheme: How weights are quantized.
         components: The components to export; empty means all.
         out: The artifact's directory, which must not exist yet.
+        adapter: The directory of a LoRA adapter to merge into the model, as PEFT saves it.
+        context: Tokens of prompt and answer together that the artifact allows; None for all the model has.
+        method: How integers are found, a name from `METHODS`.
+        calibration: A calibration set, as `open_set` takes it; None for none.
+        calibration_bytes: Memory for activations; what does not fit goes to the disk.
     """
 
     model: str
@@ -29,9 +36,29 @@ class Recipe:
     scheme: Scheme
     components: tuple[str, ...]
     out: Path
+    adapter: Path | None = None
+    context: int | None = None
+    method: MethodName = "rtn"
+    calibration: str | None = None
+    calibration_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ValueError(f"target {self.target!r} is unknown; the targets are {', '.join(TARGETS)}")
         if len(set(self.components)) != len(self.components):
             raise ValueError(f"components {list(self.components)} name one twice")
+        if self.context is not None and self.context < 2:
+            raise ValueError(f"context {self.context} leaves no room for a prompt and an answer")
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is unknown; the methods are {', '.join(METHODS)}")
+        wanted = METHODS[self.method].samples
+        if wanted == "needed" and self.calibration is None:
+            raise ValueError(
+                f"method {self.method} needs a calibration set: a directory, a manifest file, or {BUILTIN}"
+            )
+        if wanted == "none" and self.calibration is not None:
+            raise ValueError(
+                f"method {self.method} looks at no samples; leave the calibration set out, or choose another"
+            )
+        if self.calibration_bytes < 1:
+            raise ValueError(f"calibration_bytes must be above zero and is {self.calibration_bytes}")

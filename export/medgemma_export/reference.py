@@ -5,9 +5,7 @@ tokenizer, never from our runtime, so that a bundle can find errors in the runti
 rows are computed one at a time.
 """
 
-import importlib.metadata
 import json
-import platform
 import re
 import statistics
 import string
@@ -15,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +21,18 @@ from numpy.typing import NDArray
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, write_bundle
 from medgemma_benchmarks.bundle_record import Producer, ReferenceLabel, StageTiming
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint
+from medgemma_export.original import (
+    ATTENTION,
+    Device,
+    Dtype,
+    compute_in_full,
+    describe_processor,
+    device_name,
+    import_transformers,
+    package_versions,
+)
 from medgemma_runtime.command import Progress
-from medgemma_runtime.errors import CheckpointError, EdgeError, missing_package
+from medgemma_runtime.errors import CheckpointError, EdgeError
 from medgemma_runtime.manifest import ImageSpec
 
 if TYPE_CHECKING:
@@ -36,18 +44,10 @@ __all__ = [
     "similarity_logits",
     "describe_torch",
     "ReferenceInputs",
-    "Device",
-    "Dtype",
 ]
 
-Device = Literal["cpu", "cuda"]
-Dtype = Literal["float32", "float16", "bfloat16"]
-
-# The plain implementation: every step of it is in transformers' source, and it is the same on every device.
-ATTENTION = "eager"
 # SigLIP was trained on captions padded to 64 ids and pools the last of them (transformers' SiglipTextModel).
 _TEXT_LENGTH = 64
-_PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "pillow", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def record_reference(
     """
     if out.exists():
         raise EdgeError(f"{out} exists; remove it or choose another place for the reference")
-    device_name = _device_name(device)
+    product = device_name(device)
     checkpoint = open_checkpoint(model, revision=revision)
     inputs = prepare_inputs(checkpoint, images, labels)
     reference = _load_model(checkpoint, device, dtype)
@@ -127,7 +127,7 @@ def record_reference(
         revision=checkpoint.revision,
         weights_sha256=checkpoint.weights_sha256(),
         plan_sha256=None,
-        producer=_describe_producer(inputs, device=device, device_name=device_name, dtype=dtype),
+        producer=_describe_producer(inputs, device=device, device_name=product, dtype=dtype),
         image=inputs.image,
         images=images,
         labels=labels,
@@ -156,7 +156,7 @@ def prepare_inputs(
         CheckpointError: If the checkpoint is no SiglipModel or lacks a processor's file.
         EdgeError: If a caption is longer than the model takes.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     if checkpoint.config.get("architectures", ["SiglipModel"]) != ["SiglipModel"]:
         raise CheckpointError(
             f"{checkpoint.id} is {checkpoint.config.get('architectures')} and a reference is recorded of a "
@@ -179,7 +179,7 @@ def prepare_inputs(
     return ReferenceInputs(
         pixel_values=np.concatenate(pixels).astype(np.float32),
         input_ids=np.concatenate(ids).astype(np.int64),
-        image=_image_spec(processor),
+        image=describe_processor(processor),
         image_processor=f"transformers {type(processor).__name__}",
         tokenizer=tokenizer_name,
         preprocess=preprocess,
@@ -198,7 +198,7 @@ def _describe_producer(
         attention=ATTENTION,
         image_processor=inputs.image_processor,
         tokenizer=inputs.tokenizer,
-        versions=_versions(),
+        versions=package_versions(),
     )
 
 
@@ -211,16 +211,11 @@ def describe_torch(inputs_by: Producer) -> Producer:
     return replace(
         inputs_by,
         device="cpu",
-        device_name=_device_name("cpu"),
+        device_name=device_name("cpu"),
         dtype="float32",
         attention="TorchOps",
-        versions=_versions(),
+        versions=package_versions(),
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {package: importlib.metadata.version(package) for package in _PACKAGES}
-    return {"python": platform.python_version()} | found
 
 
 def similarity_logits(model: Any, image: "torch.Tensor", text: "torch.Tensor") -> "torch.Tensor":
@@ -251,34 +246,11 @@ def similarity_logits(model: Any, image: "torch.Tensor", text: "torch.Tensor") -
     return logits
 
 
-def _device_name(device: Device) -> str:
-    """The product's name of the device.
-
-    Raises:
-        EdgeError: If it is `cuda` and torch can use none.
-    """
-    from medgemma_benchmarks.device import describe_device
-
-    if device == "cpu":
-        return describe_device(threads=None).cpu
-    import torch
-
-    if not torch.cuda.is_available():
-        raise EdgeError(
-            "device cuda was asked for and this machine has no CUDA device that torch can use; "
-            "record on the CPU with --device cpu, or on a machine with one"
-        )
-    return torch.cuda.get_device_name(0)
-
-
 def _load_model(checkpoint: Checkpoint, device: Device, dtype: Dtype) -> Any:
     import torch
 
-    # TF32 would keep 10 bits of each float32 product. cuDNN convolutions, such as the patch embedding, use it
-    # unless told otherwise.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    model = _transformers().SiglipModel.from_pretrained(
+    compute_in_full()
+    model = import_transformers().SiglipModel.from_pretrained(
         checkpoint.directory, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
     )
     return model.eval().to(device)
@@ -291,7 +263,7 @@ def _open_tokenizer(checkpoint: Checkpoint) -> tuple[Callable[[str], NDArray[np.
     that has only `tokenizer.json` is read by the fast tokenizer, whose own normalizer keeps `/`, `<` and `>`;
     so the text is canonicalized as SiglipTokenizer does before it gets there.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     if (checkpoint.directory / "spiece.model").is_file():
         tokenizer = transformers.SiglipTokenizer.from_pretrained(checkpoint.directory)
         return _padded(tokenizer), "transformers SiglipTokenizer (slow, spiece.model)"
@@ -318,24 +290,6 @@ def canonicalize(text: str) -> str:
     """What transformers' SiglipTokenizer.canonicalize_text does (from big_vision's prompt_engineering.py)."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\s+", " ", text).strip()
-
-
-def _image_spec(processor: Any) -> ImageSpec:
-    resample: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
-    mean, std = (tuple(float(x) for x in values) for values in (processor.image_mean, processor.image_std))
-    return ImageSpec(
-        name="siglip-reference",
-        height=processor.size["height"],
-        width=processor.size["width"],
-        fit="stretch",
-        resample=resample[int(processor.resample)],
-        antialias=True,
-        rounding="nearest",
-        rescale=float(processor.rescale_factor),
-        mean=mean,  # type: ignore[arg-type]
-        std=std,  # type: ignore[arg-type]
-        source=f"transformers {importlib.metadata.version('transformers')} {type(processor).__name__}",
-    )
 
 
 class _Steps:
@@ -392,14 +346,3 @@ def _timed(work: Callable[[Any], Any], items: Sequence[Any]) -> tuple[list[Any],
 
 def _float32(tensor: "torch.Tensor") -> NDArray[np.float32]:
     return tensor.float().cpu().numpy()
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise missing_package("transformers", extra="export", purpose="record a reference") from None
-    # It warns of token ids that SiglipModel never reads, and draws a progress bar over ours.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers

@@ -103,7 +103,7 @@ class TorchOps:
 
     def token(self, x: Tensor, index: int) -> Tensor:
         """See `Ops`."""
-        return x[:, index]
+        return x[:, [index]]
 
     def scaled_embed(self, ids: Tensor, table: Table, scale: float) -> Tensor:
         """See `Ops`."""
@@ -120,7 +120,10 @@ class TorchOps:
     def rms_norm(self, x: Tensor, weight: RmsNorm) -> Tensor:
         """See `Ops`."""
         unit: Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + weight.eps)
-        return unit * (1 + self._float(f"{weight.name}.weight"))
+        gain = (1 + self._float(f"{weight.name}.weight")) * weight.factor
+        if self.weights.plan.by_name[f"{weight.name}.weight"].storage.bits == 16:
+            gain = gain.half().float()  # what is multiplied by is what is stored
+        return unit * gain
 
     def residual_norm(self, x: Tensor, branch: Tensor, weight: RmsNorm) -> tuple[Tensor, Tensor]:
         """See `Ops`."""
@@ -195,7 +198,7 @@ class TorchOps:
         return self.integer_linear(x, self.weights.quantized(name))
 
     def _is_float(self, name: str) -> bool:
-        return self.weights.plan.by_name[name].storage.bits == 32
+        return self.weights.plan.by_name[name].storage.is_float
 
     def _float(self, name: str) -> Tensor:
         return torch.from_numpy(self.weights.float(name))

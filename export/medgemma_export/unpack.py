@@ -40,15 +40,18 @@ def compare_integers(program: Path, component: Component, weights: QuantizedWeig
 
 def _take_apart(program: Path, plan: QuantPlan) -> dict[str, NDArray[Any]]:
     """All tensors of a program by name; of those that lie joined, each by its own name."""
-    arrays: dict[str, NDArray[Any]] = {}
+    whole: dict[str, NDArray[Any]] = {}
     for value in ir.load(program).graph.initializers.values():
-        if value.name is None or value.const_value is None:
-            continue
-        array = value.const_value.numpy()
-        names = value.name.removesuffix(".scales").split(JOINT)
-        suffix = ".scales" if value.name.endswith(".scales") else ""
+        if value.name is not None and value.const_value is not None:
+            # The pieces of a tensor come in order.
+            name, array = value.name.partition("[")[0], value.const_value.numpy()
+            whole[name] = np.concatenate([whole[name], array]) if name in whole else array
+    arrays: dict[str, NDArray[Any]] = {}
+    for joined, array in whole.items():
+        names = joined.removesuffix(".scales").split(JOINT)
+        suffix = ".scales" if joined.endswith(".scales") else ""
         if len(names) == 1:
-            arrays[value.name] = array
+            arrays[joined] = array
             continue
         rows = [plan.by_name[name].stored_shape[0] for name in names]
         # Outputs lie along the last axis where the matrix lies transposed.
@@ -66,7 +69,7 @@ def _same(name: str, stored: dict[str, NDArray[Any]], weights: QuantizedWeights)
     storage = row.storage
     if found is None:
         yield False
-    elif storage.bits == 32:
+    elif storage.is_float:
         true = weights.float(name)
         # A matrix lies transposed, and a gain of Gemma's has its 1 added.
         forms = {"linear": [true.T], "norm": [true, true + 1]}.get(row.role, [true])

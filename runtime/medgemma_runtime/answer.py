@@ -19,7 +19,8 @@ EXAMPLES = (
     "Examples:\n\n"
     'medgemma-run generate out/medgemma-int4 --image film.dcm --prompt "Describe this chest x-ray."\n\n'
     "medgemma-run generate out/medgemma-int4 --image before.png --image after.png --prompt-file question.txt "
-    "--max-tokens 300 --json"
+    "--max-tokens 300 --json\n\n"
+    'medgemma-run generate out/gemma3-270m-int4 --raw --prompt "The most common causes of chest pain are"'
 )
 
 _DEFAULTS = GenerateOptions()
@@ -36,6 +37,10 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="UTF-8 text with the question.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="Instructions before everything else.")] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Go on with the text as it stands: for base models, which know no chat."),
+    ] = False,
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens at most, a thought's included.")
     ] = _DEFAULTS.max_tokens,
@@ -73,14 +78,20 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     paths = image or []
+    if raw and (paths or system is not None):
+        raise EdgeError("--raw goes on with a text alone; leave --image and --system out, or --raw")
     message = Message(role="user", parts=(*(Image() for _ in paths), Text(question)))
     printer = _Printer(thoughts=thoughts)
     with Generator(open_whole(artifact), threads=threads) as generator:
         images = [load_image(path) for path in paths]
         try:
-            result = generator.generate(
-                [message], images, system=system, options=options, on_text=None if as_json else printer
-            )
+            on_text = None if as_json else printer
+            if raw:
+                result = generator.complete(question, options=options, on_text=on_text)
+            else:
+                result = generator.generate(
+                    [message], images, system=system, options=options, on_text=on_text
+                )
         finally:
             printer.end_line()
     if as_json:

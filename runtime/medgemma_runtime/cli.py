@@ -1,6 +1,5 @@
 """`medgemma-run`: what an artifact does, from the command line."""
 
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,9 +50,6 @@ app.command(epilog=EXAMPLES)(generate)
 
 def main() -> int:
     """The command line; returns its exit code."""
-    # As other programs do, end quietly when the reader of a pipe has gone; Windows has no such signal.
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     return run_app(app)
 
 
@@ -77,6 +73,7 @@ def info(artifact: ArtifactPath, as_json: AsJson = False) -> None:
     for name, value in {
         "model": f"{manifest.model.id} ({manifest.model.architecture})",
         "revision": manifest.model.revision or "unknown",
+        "adapter": manifest.model.adapter.name if manifest.model.adapter else "none",
         "target": f"{manifest.target}, {manifest.precision}",
         "quantization": f"{quantization.scheme}, {quantization.method}, activations "
         f"{quantization.activations}, {quantization.bits_per_weight:.2f} bits per weight",

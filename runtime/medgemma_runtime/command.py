@@ -15,6 +15,7 @@ __all__ = [
     "BAD_REQUEST",
     "DEFECT",
     "INTERRUPTED",
+    "READER_GONE",
     "Progress",
     "progress_bar",
     "run_app",
@@ -29,25 +30,31 @@ CHECK_FAILED = 1
 BAD_REQUEST = 2
 DEFECT = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would read as a failed check
 INTERRUPTED = 130  # what shells report for Ctrl-C: 128 + SIGINT
+READER_GONE = 141  # what shells report for `| head`: 128 + SIGPIPE
 
 
 def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     """Run a command line and say how it ended.
 
     A refusal (EdgeError) and an error of the operating system (a full disk, no permission) are
-    printed on stderr as one sentence. Anything else is a defect of ours and prints its traceback.
+    printed on stderr as one sentence. Where the reader of a pipe has gone, as `head` does, it ends
+    without a word. Anything else is a defect of ours and prints its traceback.
 
     Args:
         app: The commands. They end early with `typer.Exit(code)`.
         arguments: The words after the program's name; None takes those of this process.
 
     Returns:
-        The exit code: `DONE`, `CHECK_FAILED`, `BAD_REQUEST` (a refusal, an unknown option), `DEFECT`
-        or `INTERRUPTED`.
+        The exit code: `DONE`, `CHECK_FAILED`, `BAD_REQUEST` (a refusal, an unknown option), `DEFECT`,
+        `INTERRUPTED` or `READER_GONE`.
     """
     try:
         app(args=None if arguments is None else list(arguments))
     except SystemExit as end:
+        # Typer and rich turn it into 1, which would read as a failed check. The signal's own default is no
+        # way out: it would also end a download whose connection breaks.
+        if isinstance(end.__context__, BrokenPipeError):
+            return READER_GONE
         # Typer ends by itself: 0, a command's Exit, 2 for an option it does not know.
         return end.code if isinstance(end.code, int) else DONE
     except KeyboardInterrupt:

@@ -11,7 +11,11 @@ from medgemma_runtime.kv_cache import STEP, KVCache
 from medgemma_runtime.manifest import PromptSpec
 from medgemma_runtime.session import Session
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "NotFiniteError"]
+
+
+class NotFiniteError(EdgeError):
+    """A decoder whose logits are NaN or infinite."""
 
 
 class Decoder:
@@ -26,7 +30,9 @@ class Decoder:
     def __init__(self, embed: Session, decoder: Session, spec: PromptSpec) -> None:
         self._embed, self._decoder, self._spec = embed, decoder, spec
         [logits] = [tensor for tensor in decoder.entry.outputs if tensor.name == "logits"]
-        self._vocabulary = int(logits.shape[-1])
+        self._logits_shape = tuple(1 if isinstance(dim, str) else dim for dim in logits.shape)
+        self._takes = {tensor.name for tensor in decoder.entry.inputs}
+        self._held: KVCache | None = None  # the conversation whose keys a program with caches inside holds
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for a conversation of so many tokens at most."""
@@ -58,7 +64,8 @@ class Decoder:
 
         Raises:
             TextError: If the conversation would become longer than the cache.
-            EdgeError: If there is not one image feature for each place, or the logits are not finite.
+            EdgeError: If there is not one image feature for each place.
+            NotFiniteError: If the logits are not finite.
         """
         if image_blocks is None:
             image_blocks = np.full(len(ids), -1, np.int64)
@@ -74,8 +81,10 @@ class Decoder:
             )
             logits = self._step(cache, ids[part], image_blocks[part], features)
             taken += places
-        if not np.isfinite(logits).all():
-            raise EdgeError("the decoder's logits are not finite; export the model at a higher precision")
+        if not np.isfinite(logits.sum()):  # a quarter of a million tests cost as much as a small layer
+            raise NotFiniteError(
+                "the decoder's logits are not finite; export the model at a higher precision"
+            )
         return logits
 
     def _step(
@@ -86,21 +95,36 @@ class Decoder:
         features: NDArray[np.float32] | None,
     ) -> NDArray[np.float32]:
         count = len(ids)
+        self._hold(cache)
         cache.make_room(count)
         embedded: dict[str, NDArray[Any]] = {"input_ids": ids[None]}
         if features is not None:
             embedded["image_features"] = features
-        inputs: dict[str, NDArray[Any]] = {
+        positions = np.arange(cache.length, cache.length + count, dtype=np.int64)
+        known: dict[str, NDArray[Any]] = {
             "inputs_embeds": self._embed.run(embedded)["inputs_embeds"],
             "attention_mask": np.ones((1, cache.length + count), np.int64),
-            "position_ids": np.arange(cache.length, cache.length + count, dtype=np.int64)[None],
+            "position_ids": positions[None],
+            "cache_position": positions,
             "image_blocks": blocks[None],
             "local_start": np.array([cache.start], np.int64),
         }
-        logits: NDArray[np.float32] = np.empty((1, self._vocabulary), np.float32)
+        inputs = {name: array for name, array in known.items() if name in self._takes}
+        logits: NDArray[np.float32] = np.empty(self._logits_shape, np.float32)
         self._decoder.run_into({**inputs, **cache.inputs}, {"logits": logits, **cache.outputs})
         cache.advance(count)
         return logits.reshape(-1)
+
+    def _hold(self, cache: KVCache) -> None:
+        """Refuse to go on with a conversation whose keys another one has overwritten."""
+        if cache.inputs:
+            return
+        if cache.length and cache is not self._held:
+            raise EdgeError(
+                "this program holds the keys of one conversation at a time, and another one was begun since; "
+                "read this conversation again from its start"
+            )
+        self._held = cache
 
 
 def _steps(blocks: NDArray[np.int64]) -> Iterator[slice]:

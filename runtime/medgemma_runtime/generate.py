@@ -16,7 +16,7 @@ from medgemma_runtime.errors import ArtifactError, TextError
 from medgemma_runtime.images import preprocess
 from medgemma_runtime.kv_cache import KVCache
 from medgemma_runtime.manifest import ImageSpec, PromptSpec
-from medgemma_runtime.prompt import Message, load_prompt_tokenizer
+from medgemma_runtime.prompt import Message, Prompt, load_prompt_tokenizer
 from medgemma_runtime.session import Session
 
 __all__ = ["Generator", "GenerateOptions", "GenerateResult", "sample_token"]
@@ -129,8 +129,36 @@ class Generator:
             TextError: If the conversation is malformed or does not fit the context; before any work.
             EdgeError: If the model's output is not finite.
         """
-        options = options or GenerateOptions()
         prompt = self._tokenizer.encode(messages, system=system, image_count=len(images))
+        return self._answer(prompt, images, options or GenerateOptions(), on_text)
+
+    def complete(
+        self,
+        text: str,
+        *,
+        options: GenerateOptions | None = None,
+        on_text: Callable[[str], bool] | None = None,
+    ) -> GenerateResult:
+        """Go on with a text as it stands, without the chat template: base models know no chat.
+
+        Args:
+            text: What comes after `<bos>`.
+            options: How the rest is drawn; None for the defaults.
+            on_text: Given each piece of text as it comes; returning False ends the text.
+
+        Raises:
+            TextError: If the text contains a control token or does not fit the context; before any work.
+            EdgeError: If the model's output is not finite.
+        """
+        return self._answer(self._tokenizer.encode_text(text), (), options or GenerateOptions(), on_text)
+
+    def _answer(
+        self,
+        prompt: Prompt,
+        images: Sequence[NDArray[np.uint8]],
+        options: GenerateOptions,
+        on_text: Callable[[str], bool] | None,
+    ) -> GenerateResult:
         room = self.spec.context - len(prompt.ids)
         if room < 1:
             raise TextError(f"the prompt fills the context of {self.spec.context} tokens; shorten it")

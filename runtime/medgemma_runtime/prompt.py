@@ -28,6 +28,7 @@ __all__ = [
     "load_prompt_tokenizer",
     "render",
     "expand_images",
+    "image_blocks",
     "Detokenizer",
     "Thinking",
     "split_thinking",
@@ -171,16 +172,16 @@ class PromptTokenizer:
                 f"{'is' if image_count == 1 else 'are'} given; put one Image part where each image stands"
             )
         expanded = expand_images(text, self.spec.tokens_per_image)
-        # The template has written the one <bos>; the tokenizer would add another.
-        ids = self._tokenizer.encode(expanded, add_special_tokens=False).ids
-        self._check_control_tokens(ids, turns=len(messages), images=markers)
-        if len(ids) > self.spec.context:
-            raise TextError(
-                f"the prompt has {len(ids)} tokens, {_images(markers)} included, and this artifact takes "
-                f"{self.spec.context}, the answer's included; shorten it, or export with a larger context"
-            )
-        array = np.array(ids, dtype=np.int64)
-        return Prompt(ids=array, image_blocks=self._image_blocks(array), image_count=markers)
+        return self._encode(expanded, turns=len(messages), images=markers)
+
+    def encode_text(self, text: str) -> Prompt:
+        """The ids of `<bos>` and a text, which the model goes on with: no chat, for models that know none.
+
+        Raises:
+            TextError: If the text contains a control token, or does not fit the context.
+        """
+        _check_text(text, "the text")
+        return self._encode(_BOS + text, turns=None, images=0)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control tokens stay, because `split_thinking` looks for them.
@@ -195,9 +196,24 @@ class PromptTokenizer:
         """A new `Detokenizer`, for one answer."""
         return Detokenizer(self._tokenizer)
 
-    def _check_control_tokens(self, ids: Sequence[int], *, turns: int, images: int) -> None:
+    def _encode(self, text: str, *, turns: int | None, images: int) -> Prompt:
+        """The ids of a rendered prompt of so many turns, or of a text without any."""
+        # The one <bos> is written; the tokenizer would add another.
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        self._check_control_tokens(ids, turns=turns, images=images)
+        if len(ids) > self.spec.context:
+            raise TextError(
+                f"the prompt has {len(ids)} tokens, {_images(images)} included, and this artifact takes "
+                f"{self.spec.context}, the answer's included; shorten it, or export with a larger context"
+            )
+        array = np.array(ids, dtype=np.int64)
+        return Prompt(ids=array, image_blocks=image_blocks(array, self.spec.image_id), image_count=images)
+
+    def _check_control_tokens(self, ids: Sequence[int], *, turns: int | None, images: int) -> None:
         """Whatever a text contains or a tokenizer does, only the template structures a prompt."""
-        expected = Counter({_BOS: 1, _START: turns + 1, _END: turns})
+        expected = Counter({_BOS: 1})
+        if turns is not None:
+            expected.update({_START: turns + 1, _END: turns})
         expected.update({_IMAGE_START: images, _IMAGE_END: images})
         expected.update({_IMAGE_PLACE: images * self.spec.tokens_per_image})
         actual = Counter(
@@ -210,10 +226,17 @@ class PromptTokenizer:
                     f"{expected[piece]} times; export the model again"
                 )
 
-    def _image_blocks(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        is_place = ids == (-1 if self.spec.image_id is None else self.spec.image_id)
-        is_first = is_place & ~np.concatenate(([False], is_place[:-1]))
-        return np.where(is_place, np.cumsum(is_first, dtype=np.int64) - 1, np.int64(-1))
+
+def image_blocks(ids: NDArray[np.int64], image_id: int | None) -> NDArray[np.int64]:
+    """Which image each token belongs to, as `Prompt.image_blocks` says.
+
+    Args:
+        ids: `[S]` token ids; places of different images have other tokens between them.
+        image_id: The id of an image's places, None for a model that reads text only.
+    """
+    is_place = ids == (-1 if image_id is None else image_id)
+    is_first = is_place & ~np.concatenate(([False], is_place[:-1]))
+    return np.where(is_place, np.cumsum(is_first, dtype=np.int64) - 1, np.int64(-1))
 
 
 def load_prompt_tokenizer(artifact_dir: Path, spec: PromptSpec) -> PromptTokenizer:

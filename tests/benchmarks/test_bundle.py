@@ -2,13 +2,15 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from medgemma_benchmarks.bundle import open_bundle
-from medgemma_benchmarks.bundle_record import BundleError
+from medgemma_benchmarks.bundle import ReferenceBundle, open_bundle, write_bundle
+from medgemma_benchmarks.bundle_record import BundleError, ReferencePrompt
+from medgemma_runtime.images import medsiglip_processor
 from tests.benchmarks.tiny_bundle import (
     IMAGES,
     LABELS,
@@ -18,6 +20,7 @@ from tests.benchmarks.tiny_bundle import (
     write_packing_bundle,
     write_tiny_bundle,
 )
+from tests.runtime import tiny_artifact as tiny
 
 pytest.importorskip("safetensors")
 
@@ -91,7 +94,7 @@ def test_names_must_be_unique_and_fit_a_file(tmp_path: Path) -> None:
 def test_only_a_packing_reference_names_a_plan(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="packing reference names its plan"):
         write_tiny_bundle(tmp_path / "reference", kind="packing")
-    with pytest.raises(BundleError, match="float reference has none"):
+    with pytest.raises(BundleError, match="no other reference has one"):
         write_tiny_bundle(tmp_path / "reference", plan_sha256="1" * 64)
 
 
@@ -176,3 +179,88 @@ def test_pixels_of_another_image_are_found(tmp_path: Path) -> None:
     stranger = replace(opened.record.images[0], sha256="0" * 64)
     with pytest.raises(BundleError, match=r"images/red\.png do not have the recorded SHA-256"):
         opened.rgb(stranger)
+
+
+def generative(out: Path, *, prompts: tuple[ReferencePrompt, ...], **changes: Any) -> ReferenceBundle:
+    """Two prompts of five and four tokens, the first about an image, of a model of three tokens."""
+    arguments: dict[str, Any] = {
+        "kind": "generative",
+        "images": IMAGES[:1],
+        "labels": (),
+        "prompts": prompts,
+        "embedding_scale": 1.5,
+    }
+    arrays = {
+        "decoder.input_ids": np.arange(9),
+        "decoder.hidden_states": np.ones((5, 2), np.float32),
+        "decoder.head": np.ones((3, 2), np.float32),
+        "vision.pixel_values": np.zeros((1, 3, tiny.SIZE, tiny.SIZE), np.float32),
+        "vision.image_features": np.ones((2, 2), np.float32),
+    }
+    whole = arguments | changes
+    return write_bundle(
+        out,
+        model_id="test:tiny",
+        revision=None,
+        weights_sha256="0" * 64,
+        plan_sha256=whole.pop("plan_sha256", None),
+        producer=PRODUCER,
+        image=whole.pop("image", medsiglip_processor(tiny.SIZE)),
+        timings={},
+        arrays=arrays | whole.pop("arrays", {}),
+        **whole,
+    )
+
+
+def prompt(name: str, *, given: int, tokens: int, images: tuple[str, ...] = ()) -> ReferencePrompt:
+    return ReferencePrompt(
+        name=name,
+        images=images,
+        question="What?" if images else None,
+        text="text",
+        source="tests",
+        licence="CC0",
+        tokens=tokens,
+        given_tokens=given,
+    )
+
+
+PROMPTS = (prompt("asked", given=3, tokens=5, images=("red",)), prompt("text", given=1, tokens=4))
+
+
+def test_a_generative_reference_comes_back(tmp_path: Path) -> None:
+    bundle = generative(tmp_path / "reference", prompts=PROMPTS)
+    assert bundle.record.prompts == PROMPTS
+    assert bundle.record.embedding_scale == 1.5
+    assert [p.predictions for p in bundle.record.prompts] == [2, 3]
+    np.testing.assert_array_equal(bundle.rgb(bundle.record.images[0]), IMAGES[0].rgb)
+
+
+def test_a_generative_reference_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "reference"
+    hidden = {"decoder.hidden_states": np.ones((4, 2), np.float32)}
+    with pytest.raises(BundleError, match=r"hidden_states must be float32 \[T, D\] = \[5, 2\]"):
+        generative(out, prompts=PROMPTS, arrays=hidden)
+    with pytest.raises(BundleError, match="prompt names must be unique"):
+        generative(out, prompts=(PROMPTS[0], PROMPTS[0]))
+    with pytest.raises(BundleError, match="prompt names must be unique and at least one"):
+        generative(out, prompts=())
+    with pytest.raises(BundleError, match="the images of a generative reference are those of its prompts"):
+        generative(out, prompts=PROMPTS[1:])
+    with pytest.raises(BundleError, match="states its embedding scale"):
+        generative(out, prompts=PROMPTS, embedding_scale=None)
+    with pytest.raises(BundleError, match="an image spec goes with images"):
+        generative(out, prompts=PROMPTS, image=None)
+    with pytest.raises(BundleError, match="prompts belong to a generative reference"):
+        generative(out, prompts=PROMPTS, labels=LABELS)
+    with pytest.raises(BundleError, match="no other reference has one"):
+        generative(out, prompts=PROMPTS, plan_sha256="0" * 64)
+    with pytest.raises(BundleError, match="prompts belong to a generative reference"):
+        write_tiny_bundle(out, prompts=PROMPTS[1:])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("given", "tokens"), [(0, 3), (3, 3), (4, 3)])
+def test_something_is_given_and_something_predicted(given: int, tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"of the {tokens} tokens of 'x', {given} are given"):
+        prompt("x", given=given, tokens=tokens)

@@ -32,9 +32,11 @@ def gate(**limits: float) -> Gate:
 def test_the_shipped_gates_answer_every_question_that_parity_asks() -> None:
     gates = load_gates()
     for precision in ("fp32", "fp16", "int8", "int4"):
-        assert gates.find("pixels", "image", precision)
-        assert gates.find("tokens", "text", precision)
-    for subject in ("image", "text", "zero-shot", "end-to-end"):
+        for subject in ("image", "vision"):
+            assert gates.find("pixels", subject, precision)
+        for subject in ("text", "decoder"):
+            assert gates.find("tokens", subject, precision)
+    for subject in ("image", "text", "zero-shot", "end-to-end", "vision", "decoder", "prefill"):
         assert gates.find("lowering", subject, "fp32")
         for precision in ("fp16", "int8", "int4"):
             assert gates.find("scheme", subject, precision)
@@ -60,6 +62,7 @@ def test_the_limits_agreed_on() -> None:
     assert gates.find("packing", "text", "int8")[0].at_most == 1e-4
     assert {g.metric: g.at_least for g in gates.find("scheme", "image", "int8")}["cosine_min"] == 0.999
     assert gates.find("scheme", "end-to-end", "int8")[0].at_least == 0.99
+    assert gates.find("lowering", "decoder", "fp32")[0].at_most == 1e-4
     assert {g.metric: g.at_most for g in gates.find("pixels", "image", "fp32")}["differing_uint8"] == 0
 
 

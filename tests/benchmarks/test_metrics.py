@@ -6,13 +6,15 @@ import pytest
 from medgemma_benchmarks.metrics import (
     MetricError,
     cosine,
+    first_choices,
     kl,
+    kl_of_log_probabilities,
+    log_probabilities,
     max_abs_error,
     probabilities,
     relative_error,
     sqnr_db,
     top_k_agreement,
-    zero_shot_choices,
 )
 
 REFERENCE = np.array([[3.0, 4.0], [1.0, 0.0]], dtype=np.float32)
@@ -57,6 +59,13 @@ def test_top_k_counts_shared_columns() -> None:
         top_k_agreement(actual=actual, reference=reference, k=5)
 
 
+def test_log_probabilities_are_those_of_softmax_and_make_the_same_kl() -> None:
+    reference, actual = np.array([[1.0, -2.0, 30.0]]), np.array([[0.5, 1.0, 29.0]])
+    np.testing.assert_allclose(np.exp(log_probabilities(reference)), probabilities(reference), atol=1e-15)
+    nats = kl_of_log_probabilities(actual=log_probabilities(actual), reference=log_probabilities(reference))
+    np.testing.assert_allclose(nats, kl(actual=actual, reference=reference))
+
+
 def test_kl_by_hand_and_zero_for_shifted_logits() -> None:
     reference, actual = np.log([[0.5, 0.5]]), np.log([[0.9, 0.1]])
     expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
@@ -71,7 +80,7 @@ def test_probabilities_are_a_softmax_that_does_not_overflow() -> None:
 def test_a_near_tie_is_the_references_and_not_the_candidates() -> None:
     reference = np.array([[1.00, 0.95, -5.0], [5.0, 0.0, -5.0], [1.00, 0.95, -5.0]])
     actual = np.array([[0.0, 1.0, -9.0], [0.49, 0.50, -9.0], [-9.0, -9.0, 0.0]])
-    near, unsure_candidate, far_label = zero_shot_choices(actual=actual, reference=reference, tie_margin=0.1)
+    near, unsure_candidate, far_label = first_choices(actual=actual, reference=reference, tie_margin=0.1)
     assert (near.verdict, near.actual, near.reference) == ("NEAR_TIE", 1, 0)
     assert near.margin == pytest.approx(0.05)
     # The candidate's own gap is 0.01, yet the reference was sure.
@@ -82,8 +91,8 @@ def test_a_near_tie_is_the_references_and_not_the_candidates() -> None:
 
 def test_the_same_label_is_the_same_however_close() -> None:
     tied = np.array([[1.0, 1.0]])
-    assert zero_shot_choices(actual=tied, reference=tied, tie_margin=0.1)[0].verdict == "SAME"
-    alone = zero_shot_choices(actual=tied[:, :1], reference=tied[:, :1], tie_margin=0.1)[0]
+    assert first_choices(actual=tied, reference=tied, tie_margin=0.1)[0].verdict == "SAME"
+    alone = first_choices(actual=tied[:, :1], reference=tied[:, :1], tie_margin=0.1)[0]
     assert (alone.verdict, alone.margin) == ("SAME", None)
 
 

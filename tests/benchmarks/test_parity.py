@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medgemma_benchmarks import parity
-from medgemma_benchmarks.parity import ParityError, check_parity
+from medgemma_benchmarks import parity, parity_inputs
+from medgemma_benchmarks.parity import check_parity
+from medgemma_benchmarks.parity_inputs import ParityError
 from medgemma_benchmarks.parity_report import ParityReport
 from medgemma_benchmarks.results import read_result, to_json
 from medgemma_runtime.errors import EdgeError
@@ -193,14 +194,14 @@ def test_only_a_lack_of_direction_becomes_a_failed_check(
 def test_one_pixel_one_level_off_fails_as_pixels_and_not_as_lowering(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    intact = parity.resize
+    intact = parity_inputs.resize
 
     def off_by_one(rgb: np.ndarray, spec: object) -> np.ndarray:
         resized = intact(rgb, spec).copy()
         resized[3, 5, 0] ^= 1
         return resized
 
-    monkeypatch.setattr(parity, "resize", off_by_one)
+    monkeypatch.setattr(parity_inputs, "resize", off_by_one)
     report = check_parity(tiny_opened(tmp_path / "artifact"), write_tiny_bundle(tmp_path / "reference"))
     assert failed(report) == {("pixels", "image", "differing_uint8"), ("pixels", "image", "max_abs_error")}
     assert value(report, "pixels", "image", "differing_uint8") == len(IMAGES)

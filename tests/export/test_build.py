@@ -11,7 +11,7 @@ import pytest
 
 from medgemma_export import build as build_module
 from medgemma_export.build import build
-from medgemma_export.package import open_package, require_free_bytes
+from medgemma_export.package import open_package
 from medgemma_export.recipe import Recipe
 from medgemma_export.samples import sample_path
 from medgemma_quantization import weights as weights_module
@@ -72,7 +72,7 @@ def test_an_interrupted_export_leaves_nothing_that_looks_finished_and_goes_on(ou
     def must_not_quantize(*args):
         raise AssertionError("the integers were there already")
 
-    monkeypatch.setattr("medgemma_quantization.weights._quantize_row", must_not_quantize)
+    monkeypatch.setattr("medgemma_quantization.weights.store_integers", must_not_quantize)
     open_artifact(build(recipe(out), progress=silent).directory)
     assert not (out.parent / f".{out.name}.partial").exists()
 
@@ -89,11 +89,11 @@ def test_integers_made_by_other_code_are_not_taken_over(out, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build(recipe(out), progress=interrupt_when("lower"))
     made: list[str] = []
-    real = weights_module._quantize_row
+    real = weights_module.store_integers
     monkeypatch.setattr(
-        weights_module, "_quantize_row", lambda row, *rest: made.append(row.name) or real(row, *rest)
+        weights_module, "store_integers", lambda row, *rest: made.append(row.name) or real(row, *rest)
     )
-    monkeypatch.setattr(build_module, "source_fingerprint", lambda: "of a newer version")
+    monkeypatch.setattr(build_module, "source_fingerprint", lambda readers: "of a newer version")
     build(recipe(out), progress=silent)
     assert len(made) > 10
 
@@ -146,11 +146,17 @@ build(Recipe(model={SAMPLE!r}, revision=None, target="onnx", scheme=SCHEMES["int
 def test_a_disk_that_is_too_small_is_refused_before_the_work(out, monkeypatch):
     usage = shutil.disk_usage(out.parent)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(EdgeError, match=r"needs about 0\.0 GB of disk .* 0\.0 GB are free"):
+    with pytest.raises(EdgeError, match=r"needs about 0\.1 GB of disk .* 0\.0 GB are free"):
         build(recipe(out), progress=silent)
     assert not list(out.parent.iterdir())
-    monkeypatch.undo()
-    require_free_bytes(out, 1000)
+
+
+def test_a_memory_that_is_too_small_is_refused_before_the_work(out, monkeypatch):
+    monkeypatch.setattr("medgemma_export.package.available_memory_bytes", lambda: 1000)
+    words = r"needs about 0\.1 GB of memory \(to round .*\.weight\) and 0\.0 GB are available; close other"
+    with pytest.raises(EdgeError, match=words):
+        build(recipe(out), progress=silent)
+    assert not list(out.parent.iterdir())
 
 
 def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(out, monkeypatch):
@@ -177,8 +183,8 @@ def test_requests_that_cannot_be_met(out):
         build(recipe(out, components=("decoder",)), progress=silent)
     with pytest.raises(ValueError, match="name one twice"):
         recipe(out, components=("text", "text"))
-    with pytest.raises(ValueError, match="target 'coreml'"):
-        Recipe(model=SAMPLE, revision=None, target="coreml", scheme=SCHEMES["int8"], components=(), out=out)
+    with pytest.raises(ValueError, match="target 'tflite'"):
+        Recipe(model=SAMPLE, revision=None, target="tflite", scheme=SCHEMES["int8"], components=(), out=out)
 
 
 def test_progress_only_goes_forward_and_ends(out):

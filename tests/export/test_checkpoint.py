@@ -17,7 +17,8 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 import huggingface_hub  # noqa: E402
 from huggingface_hub import constants, errors  # noqa: E402
 
-from medgemma_export.checkpoint import INDEX_NAME, check_tensors, open_checkpoint  # noqa: E402
+from medgemma_export.checkpoint import check_tensors, open_checkpoint  # noqa: E402
+from medgemma_export.safetensors_checkpoint import INDEX_NAME  # noqa: E402
 
 # For a reader in a fresh process: how far does its memory grow while it reads 8 rows, and then 16,384?
 # VmHWM is this program's own peak; ru_maxrss would begin at that of the process that started it.

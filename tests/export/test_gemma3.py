@@ -119,7 +119,7 @@ class Runner:
     def logits(self, prompt: Prompt, length: int, decoder: Decoder | None = None) -> np.ndarray:
         """After the first `length` tokens, in one step."""
         embeddings = self.embed(prompt)
-        return self.decode(embeddings, prompt.blocks, [length], decoder)[0]["logits"][0]
+        return self.decode(embeddings, prompt.blocks, [length], decoder)[0]["logits"][0, 0]
 
 
 def reference_logits(network, prompt: Prompt) -> np.ndarray:
@@ -203,7 +203,7 @@ def test_logits_equal_transformers(runner, network, image_id, kind):
     embeddings = runner.embed(prompt)
     # transformers sees the whole prompt at once; what comes after a token that ends no image changes nothing.
     for length in LENGTHS[kind]:
-        actual = runner.decode(embeddings, prompt.blocks, [length])[0]["logits"][0]
+        actual = runner.decode(embeddings, prompt.blocks, [length])[0]["logits"][0, 0]
         assert distance(actual, reference[length - 1]) < EQUAL, length
 
 
@@ -234,7 +234,7 @@ def test_decoding_through_the_caches_equals_one_forward(runner, network, image_i
     results = runner.decode(runner.embed(prompt), prompt.blocks, [prefill, *[1] * 8])
     for step, result in enumerate(results):
         length = prefill + step
-        assert distance(result["logits"][0], reference[length - 1]) < EQUAL, length
+        assert distance(result["logits"][0, 0], reference[length - 1]) < EQUAL, length
         held = length if step == 0 else min(length, WINDOW)
         assert result["present.0.key"].shape == (1, 2, held, 32)
         assert result["present.5.value"].shape == (1, 2, length, 32)
@@ -245,7 +245,7 @@ def test_a_prompt_may_come_in_pieces(runner, network, image_id):
     results = runner.decode(runner.embed(prompt), prompt.blocks, [10, 35, 25, 6])
     reference = reference_logits(network, prompt)
     for length, result in zip((10, 45, 70, 76), results, strict=True):
-        assert distance(result["logits"][0], reference[length - 1]) < EQUAL
+        assert distance(result["logits"][0, 0], reference[length - 1]) < EQUAL
 
 
 def test_each_row_of_a_batch_is_a_prompt_of_its_own(runner, network, image_id):
@@ -259,8 +259,8 @@ def test_each_row_of_a_batch_is_a_prompt_of_its_own(runner, network, image_id):
     results = runner.decode(runner.embed(both), blocks, [62, *[1] * 14])
     for row, prompt in enumerate(prompts):
         reference = reference_logits(network, prompt)
-        assert distance(results[0]["logits"][row], reference[61]) < EQUAL
-        assert distance(results[-1]["logits"][row], reference[-1]) < EQUAL
+        assert distance(results[0]["logits"][row, 0], reference[61]) < EQUAL
+        assert distance(results[-1]["logits"][row, 0], reference[-1]) < EQUAL
 
 
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
@@ -326,21 +326,21 @@ def test_a_wrong_decoder_is_seen(runner, network, image_id, fault):
 def test_a_causal_mask_over_images_is_seen(runner, network, image_id):
     prompt = make_prompt(starts=(24,), image_id=image_id)
     reference = reference_logits(network, prompt)[-1]
-    causal = runner.decode(runner.embed(prompt), np.full_like(prompt.blocks, -1), [LENGTH])[0]["logits"][0]
+    causal = runner.decode(runner.embed(prompt), np.full_like(prompt.blocks, -1), [LENGTH])[0]["logits"][0, 0]
     assert distance(causal, reference) > BROKEN
 
 
 def test_images_that_see_each_other_are_seen(runner, network, image_id):
     prompt = make_prompt(starts=(4, 30), image_id=image_id)
     merged = np.minimum(prompt.blocks, 0)
-    together = runner.decode(runner.embed(prompt), merged, [LENGTH])[0]["logits"][0]
+    together = runner.decode(runner.embed(prompt), merged, [LENGTH])[0]["logits"][0, 0]
     assert distance(together, reference_logits(network, prompt)[-1]) > BROKEN
 
 
 def test_scaled_image_features_are_seen(runner, network, image_id):
     prompt = make_prompt(starts=(24,), image_id=image_id)
     embeddings = runner.embed(prompt, gain=runner.decoder.embedding_scale)
-    scaled = runner.decode(embeddings, prompt.blocks, [LENGTH])[0]["logits"][0]
+    scaled = runner.decode(embeddings, prompt.blocks, [LENGTH])[0]["logits"][0, 0]
     assert distance(scaled, reference_logits(network, prompt)[-1]) > BROKEN
 
 
@@ -430,7 +430,7 @@ def test_odd_numbers_and_a_head_of_its_own(odd):
     reference = odd.reference(prompt, runner.decoder.embedding_scale)
     results = runner.decode(runner.embed(prompt), prompt.blocks, [36, *[1] * 4])
     for length, result in enumerate(results, start=36):
-        assert distance(result["logits"][0], reference[length - 1]) < EQUAL
+        assert distance(result["logits"][0, 0], reference[length - 1]) < EQUAL
     wrong = replace(runner.decoder, attention_scale=128**-0.5)
     assert distance(runner.logits(prompt, 40, wrong), reference[-1]) > BROKEN
 
@@ -442,7 +442,7 @@ def test_the_embedding_scale_is_a_choice_that_shows(odd):
     prompt = make_prompt(length=40)
     in_float32 = odd.reference(prompt, 672**0.5)[-1]
     exact = embed_component(replace(runner.decoder, embedding_scale=672**0.5), image_id=None)
-    actual = runner.decode(runner.embed(prompt, exact), prompt.blocks, [40])[0]["logits"][0]
+    actual = runner.decode(runner.embed(prompt, exact), prompt.blocks, [40])[0]["logits"][0, 0]
     assert distance(actual, in_float32) < EQUAL
     assert distance(runner.logits(prompt, 40), in_float32) > 1e-3
 

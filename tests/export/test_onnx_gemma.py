@@ -9,9 +9,12 @@ import pytest
 from medgemma_export.build import build, decide
 from medgemma_export.exact_program import write_exact_program
 from medgemma_export.recipe import Recipe
+from medgemma_export.targets import onnx_ops
 from medgemma_export.torch_ops import compute
+from medgemma_export.unpack import compare_integers
 from medgemma_quantization.scheme import SCHEMES
 from medgemma_quantization.weights import quantize_weights
+from medgemma_runtime.errors import ArtifactError
 
 onnx = pytest.importorskip("onnx")
 
@@ -21,7 +24,7 @@ PROMPT = 44  # longer than the window
 IMAGES = ((3, 19), (26, 42))  # the second lies across the window's edge
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+@pytest.fixture(scope="module", params=["fp32", "fp16", "int8", "int4"])
 def exported(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     recipe = Recipe(
@@ -218,3 +221,39 @@ def test_a_tied_table_is_on_disk_once(exported):
     # Scales are float32 in the file and 16 bits in the plan; alignment adds a little.
     planned = sum(row.stored_bits for row in weights.plan.rows) / 8
     assert total < 1.35 * planned
+
+
+def test_a_large_table_is_multiplied_in_pieces_of_the_same_bytes(exported, tmp_path, monkeypatch):
+    artifact, components, weights, directory = exported
+    if artifact.manifest.precision != "int4":
+        pytest.skip("large tables are int4 or int8 in blocks")
+    monkeypatch.setattr(onnx_ops, "_PIECE_BYTES", 16_000)
+    monkeypatch.setattr(onnx_ops, "_PIECE_ROWS", 64)
+    recipe = Recipe(
+        model=MODEL,
+        revision=None,
+        target="onnx",
+        scheme=SCHEMES["int4"],
+        components=(),
+        out=tmp_path / "artifact",
+    )
+    cut = build(recipe, progress=lambda *step: None)
+    assert cut.size_bytes - artifact.size_bytes < 100_000  # more nodes, no more weights
+    program = cut.path(cut.manifest.components["decoder"].program)
+    graph = onnx.load(program, load_external_data=False).graph
+    table = "language_model.embed_tokens.weight"
+    pieces = [tensor.name for tensor in graph.initializer if tensor.name.startswith(f"{table}[")]
+    assert len(pieces) > 2
+    assert pieces[0].startswith(f"{table}[0:")
+    compare_integers(program, components["decoder"], weights)
+    feeds = prompt(components)
+    expected = run(exact_session(artifact, "decoder", directory), feeds)["logits"]
+    assert (run(exact_session(cut, "decoder", tmp_path), feeds)["logits"] == expected).all()
+    # The check itself: a scale of the last piece, changed, is seen.
+    last = [tensor for tensor in graph.initializer if tensor.name.startswith(f"{table}.scales[")][-1]
+    place = {entry.key: entry.value for entry in last.external_data}
+    with (program.parent / place["location"]).open("r+b") as file:
+        file.seek(int(place["offset"]) + int(place["length"]) - 2)
+        file.write(b"\x11\x11")
+    with pytest.raises(ArtifactError, match=r"does not carry language_model\.embed_tokens\.weight"):
+        compare_integers(program, components["decoder"], weights)

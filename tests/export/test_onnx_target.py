@@ -36,7 +36,7 @@ def export(out, scheme, components=()):
     return build(recipe, progress=silent), decide(recipe)
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+@pytest.fixture(scope="module", params=["fp32", "fp16", "int8", "int4"])
 def exported(request, tmp_path_factory):
     return export(tmp_path_factory.mktemp("onnx") / request.param, SCHEMES[request.param])
 
@@ -105,7 +105,7 @@ def test_every_integer_product_equals_its_emulation_on_the_input_it_really_gets(
 ):
     """The shipped program, operator by operator: no rounding of one layer can hide in the next."""
     artifact, decision = exported
-    if artifact.manifest.precision == "fp32":
+    if artifact.manifest.precision in ("fp32", "fp16"):
         pytest.skip("has no integers")
     weights = quantize_weights(decision.plan, decision.model.reader(decision.checkpoint), tmp_path)
     checked = 0
@@ -130,7 +130,7 @@ def test_every_integer_product_equals_its_emulation_on_the_input_it_really_gets(
             # An activation halfway between two integers may go either way, in every row that repeats it.
             assert error.max() < 5e-3, name
             checked += 1
-    assert checked == sum(row.role == "linear" and row.storage.bits != 32 for row in decision.plan.rows)
+    assert checked == sum(row.role == "linear" and not row.storage.is_float for row in decision.plan.rows)
 
 
 def test_the_integers_in_the_file_are_those_of_the_plan(exported, tmp_path):
@@ -143,8 +143,9 @@ def test_the_integers_in_the_file_are_those_of_the_plan(exported, tmp_path):
     compared = Counter()
     for row in decision.plan.rows:
         stored = found[row.name]
-        if row.storage.bits == 32:
+        if row.storage.is_float:
             true = weights.float(row.name)
+            assert stored.dtype.itemsize == row.storage.bits // 8
             assert (stored == (true.T if row.role == "linear" else true)).all()
         else:
             tensor = weights.quantized(row.name)
@@ -170,6 +171,7 @@ def test_operators_are_those_that_are_meant(exported):
         kinds += Counter(f"{node.domain}:{node.op_type}" for node in program.graph.node)
     integer_kernel = {
         "fp32": ":MatMul",
+        "fp16": ":MatMul",
         "int8": "com.microsoft:DynamicQuantizeMatMul",
         "int4": "com.microsoft:MatMulNBits",
     }[artifact.manifest.precision]
@@ -178,7 +180,7 @@ def test_operators_are_those_that_are_meant(exported):
     # Six linears a layer, six in the pooling head, one text head: none left behind in another form.
     assert kinds[integer_kernel] == 6 * layers + 6 + 1
     assert kinds["com.microsoft:MultiHeadAttention"] == layers + 1
-    assert (kinds[":MatMul"] == 0) == (artifact.manifest.precision != "fp32")
+    assert (kinds[":MatMul"] == 0) == (artifact.manifest.precision in ("int8", "int4"))
 
 
 def test_batch_is_dynamic(exported, reference):

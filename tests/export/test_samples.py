@@ -14,7 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer  # noqa: E402
 
-from medgemma_export.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint  # noqa: E402
+from medgemma_export.checkpoint import Checkpoint, TensorInfo, open_checkpoint  # noqa: E402
+from medgemma_export.models import load_model  # noqa: E402
+from medgemma_export.safetensors_checkpoint import INDEX_NAME  # noqa: E402
 from medgemma_export.samples import (  # noqa: E402
     SAMPLES,
     gemma3_270m,
@@ -391,6 +393,56 @@ class TestRandomCheckpoint:
         assert len(shapes) == 883
         assert sum(math.prod(shape) for shape in shapes.values()) == 4_300_079_472
 
+    def test_medgemma_27b_has_the_real_models_shapes(self, tmp_path):
+        """And the exporter takes it for what it is, but for the vocabulary of its tokenizer."""
+        wanted = random_checkpoint.MODELS["medgemma-27b"]
+        shapes = wanted.write_files(tmp_path)
+        assert len(shapes) == 808
+        assert sum(math.prod(shape) for shape in shapes.values()) == 27_009_346_304
+        filled = [shape for name, shape in shapes.items() if not wanted.is_hole(name)]
+        assert len(filled) == 6 * 13 + 2
+        assert 7e9 < 2 * sum(math.prod(shape) for shape in filled) < 8e9
+        checkpoint = Checkpoint(
+            id="random",
+            revision=None,
+            config=json.loads((tmp_path / "config.json").read_text()),
+            tensors={
+                name: TensorInfo(name=name, shape=shape, dtype="BF16", file="model.safetensors")
+                for name, shape in shapes.items()
+            },
+            directory=tmp_path,
+            reader=lambda info, rows: pytest.fail("no weight is read"),
+        )
+        model = load_model(checkpoint)
+        assert model.architecture == "Gemma3ForCausalLM"
+        assert model.checkpoint_shapes() == shapes
+
+    def test_holes_are_zeros_that_take_no_room(self, tmp_path, monkeypatch):
+        shapes = {
+            "model.embed_tokens.weight": (1 << 10, 64),
+            "model.layers.0.mlp.up_proj.weight": (1 << 12, 64),
+            "model.layers.1.mlp.up_proj.weight": (1 << 16, 64),
+            "model.norm.weight": (64,),
+            "model.layers.10.mlp.up_proj.weight": (1 << 16, 64),
+        }
+
+        def write_files(directory: Path) -> random_checkpoint.Shapes:
+            (directory / "config.json").write_text("{}")
+            return shapes
+
+        holey = random_checkpoint.RandomModel(
+            write_files=write_files, distribution=random_checkpoint.siglip_distribution, filled_layers=1
+        )
+        monkeypatch.setitem(random_checkpoint.MODELS, "holey", holey)
+        random_checkpoint.write_random_checkpoint("holey", tmp_path / "model")
+        checkpoint = open_checkpoint(str(tmp_path / "model"))
+        assert {name: info.shape for name, info in checkpoint.tensors.items()} == shapes
+        empty = {name for name in shapes if not checkpoint.read(name).any()}
+        assert empty == {"model.layers.1.mlp.up_proj.weight", "model.layers.10.mlp.up_proj.weight"}
+        [path] = checkpoint.weight_paths
+        assert path.stat().st_size > 16_000_000
+        assert path.stat().st_blocks * 512 < 2_000_000
+
     def test_medsiglip_448_has_the_real_models_shapes(self, tmp_path):
         shapes = random_checkpoint.MODELS["medsiglip-448"].write_files(tmp_path)
         assert sum(math.prod(shape) for shape in shapes.values()) == 428_565_440 + 449_734_896 + 2
@@ -403,7 +455,8 @@ class TestRandomCheckpoint:
 
     def test_bad_requests_are_refused(self, small, tmp_path):
         with pytest.raises(
-            EdgeError, match="no random large in bfloat16; models: medsiglip-448, medgemma-4b, small; dtypes"
+            EdgeError,
+            match="no random large in bfloat16; models: medsiglip-448, medgemma-4b, medgemma-27b, small; dt",
         ):
             random_checkpoint.write_random_checkpoint("large", tmp_path / "new")
         with pytest.raises(EdgeError, match="no random small in int8"):

@@ -238,8 +238,7 @@ def test_a_dicom_file_without_pixels(artifact):
     [
         (("--target", "onnx", "--model", "sample:medsiglip-tony"), "did you mean sample:medsiglip-tiny"),
         (("--target", "onnx", "--model", "/no/such/place"), "does not exist"),
-        (("--target", "coreml", "--model", MODEL), "target 'coreml'"),
-        (("--target", "onnx", "--model", MODEL, "--precision", "fp16"), "fp16"),
+        (("--target", "coreml", "--model", MODEL, "--scheme", "no-such.toml"), "no-such.toml"),
         (("--target", "onnx", "--model", MODEL, "--components", "decoder"), "no component 'decoder'"),
     ],
 )

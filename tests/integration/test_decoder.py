@@ -71,7 +71,7 @@ def reference(opened, conversation):
             "attention_mask": np.ones((1, length), np.int64),
             "local_start": np.array([0]),
         }
-        return compute(parts["decoder"], weights, inputs | past)["logits"][0]
+        return compute(parts["decoder"], weights, inputs | past)["logits"][0, 0]
 
     return after
 

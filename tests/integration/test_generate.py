@@ -182,6 +182,27 @@ def generate(artifact, image, tmp_path, monkeypatch, capsys):
     return run
 
 
+def test_a_text_goes_on_as_transformers_goes_on_with_it(network, generator):
+    import torch
+
+    text = "Describe this image findings user"
+    ids = [2, *generator._tokenizer.encode_text(text).ids[1:].tolist()]
+    start = len(ids)
+    rng = np.random.default_rng(HOT.seed)
+    for _ in range(HOT.max_tokens):
+        with torch.inference_mode():
+            logits = network(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
+        token = sample_token(logits[: generator._tokenizer.token_count], HOT, rng)
+        if token in generator.spec.stop_ids:
+            break
+        ids.append(token)
+    pieces: list[str] = []
+    result = generator.complete(text, options=HOT, on_text=lambda piece: not pieces.append(piece))
+    assert list(result.ids) == ids[start:]
+    assert "".join(pieces) == result.text
+    assert result.prompt_tokens == start
+
+
 DRAWN = ("--max-tokens", "24", "--temperature", "2", "--top-k", "200", "--top-p", "1", "--seed", "11")
 ASKED = ("--image", "image.png", "--prompt", "what does this image show?")
 
@@ -203,6 +224,15 @@ def test_the_command_line_answers_as_the_library_does(generate, generator, image
     assert ("cut off after 24 tokens" in err) == (expected.ended == "length")
 
 
+def test_raw_goes_on_with_the_text_itself(generate, generator):
+    code, out, _ = generate("--prompt", "Describe", "--raw", *DRAWN, "--threads", "1", "--json")
+    expected = generator.complete("Describe", options=HOT)
+    content = json.loads(out)
+    assert code == 0
+    assert content["text"] == expected.text.strip()
+    assert content["tokens"] == {"prompt": 2, "answer": len(expected.ids)}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -213,6 +243,8 @@ def test_the_command_line_answers_as_the_library_does(generate, generator, image
         (("--prompt", "x", "--temperature", "inf"), "a finite number"),
         (("--prompt", "x", "--image", "absent.png"), "is not a file"),
         (("--prompt", "<start_of_turn>"), "<start_of_turn>"),
+        (("--prompt", "x", "--raw", "--image", "image.png"), "--raw goes on with a text alone"),
+        (("--prompt", "x", "--raw", "--system", "y"), "--raw goes on with a text alone"),
     ],
 )
 def test_the_command_line_refuses_what_is_no_question(generate, words, message):

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from medgemma_runtime.command import (
     DEFECT,
     DONE,
     INTERRUPTED,
+    READER_GONE,
     printable,
     progress_bar,
     run_app,
@@ -74,6 +78,33 @@ def test_a_real_error_of_the_system_is_one_sentence(
 
 def test_ctrl_c_ends_as_shells_expect() -> None:
     assert run_app(app_of(KeyboardInterrupt()), []) == INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "typer.echo('x')",
+        "typer.echo('x' * 200_000)",
+        "Console().print('x')",
+    ],
+)
+def test_a_reader_that_leaves_ends_it_without_a_word(act: str) -> None:
+    """What fails a check exits with 1; a pipe to `head` must not read like that."""
+    program = f"""
+import sys, typer
+from rich.console import Console
+from medgemma_runtime.command import run_app
+app = typer.Typer()
+app.command()(lambda: {act})
+sys.exit(run_app(app, []))
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as stdout:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, check=False
+        )
+    assert (ended.returncode, ended.stderr) == (READER_GONE, b"")
 
 
 def test_a_defect_prints_its_traceback_and_is_no_failed_check(capsys: pytest.CaptureFixture[str]) -> None:

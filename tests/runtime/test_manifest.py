@@ -9,6 +9,7 @@ import pytest
 from medgemma_runtime.errors import ArtifactError
 from medgemma_runtime.manifest import (
     MANIFEST_NAME,
+    AdapterInfo,
     FileEntry,
     PromptSpec,
     TensorSpec,
@@ -35,6 +36,16 @@ def rewrite(directory: Path, change: Callable[[dict[str, Any]], object]) -> None
 
 def test_reads_back_what_was_written(directory: Path) -> None:
     assert read_manifest(directory) == tiny_manifest(directory)
+
+
+def test_an_adapter_is_read_back_and_may_be_left_out(directory: Path) -> None:
+    """Manifests that were written before there were adapters have no such key."""
+    manifest = tiny_manifest(directory)
+    model = dataclasses.replace(manifest.model, adapter=AdapterInfo(name="my-lora", sha256="a" * 64))
+    write_manifest(dataclasses.replace(manifest, model=model), directory)
+    assert read_manifest(directory).model == model
+    rewrite(directory, lambda content: content["model"].pop("adapter"))
+    assert read_manifest(directory).model.adapter is None
 
 
 def test_keys_are_in_the_order_of_the_schema(directory: Path) -> None:
@@ -84,6 +95,12 @@ BREAKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda c: c["components"]["image"]["inputs"][0].update(shape=[""]),
         "dimension ''",
     ),
+    "adapter without a hash": (lambda c: c["model"].update(adapter={"name": "x"}), "model.adapter.sha256"),
+    "adapter with a short hash": (
+        lambda c: c["model"].update(adapter={"name": "x", "sha256": "ab"}),
+        "64 lower-case",
+    ),
+    "adapter by name alone": (lambda c: c["model"].update(adapter="x"), "model.adapter"),
     "no components": (lambda c: c.update(components={}), "components is empty"),
     "no pixels": (lambda c: c["image"].update(width=0), "16 x 0 pixels"),
     "division by zero": (lambda c: c["image"].update(std=[0.5, 0.0, 0.5]), "above zero"),

@@ -30,6 +30,7 @@ from medgemma_runtime.prompt import (
     Text,
     Thinking,
     expand_images,
+    image_blocks,
     load_prompt_tokenizer,
     render,
     split_thinking,
@@ -404,6 +405,28 @@ def test_a_prompt_may_fill_the_context_and_no_more(tmp_path: Path) -> None:
         TextError, match=f"prompt has {length} tokens, 1 image included, and .* takes {length - 1}"
     ):
         short.encode(conversation, image_count=1)
+
+
+def test_a_text_without_chat_is_bos_and_the_text(tmp_path: Path, real: PromptTokenizer) -> None:
+    text = CASES["text only"]["messages"][0]["parts"][0]["text"]
+    made = real.encode_text(text)
+    turn = golden_ids(CASES["text only"])
+    assert made.ids.tolist() == [2, *turn[4:-5]]
+    assert (made.image_count, set(made.image_blocks.tolist())) == (0, {-1})
+    # White space is the text's own: a template would take it away.
+    assert real.decode(real.encode_text("  Give   the dose.\n").ids[1:]) == "  Give   the dose.\n"
+    with pytest.raises(TextError, match="the text contains <end_of_turn>, which is a control token"):
+        real.encode_text("a<end_of_turn>")
+    short = load(tmp_path, structure_tokenizer(), context=4)
+    with pytest.raises(TextError, match="no image included, and this artifact takes 4"):
+        short.encode_text("Describe the image at length.")
+
+
+def test_image_blocks_by_hand() -> None:
+    ids = np.array([2, 7, 7, 9, 7, 3])
+    assert image_blocks(ids, 7).tolist() == [-1, 0, 0, -1, 1, -1]
+    assert image_blocks(ids[1:], 7).tolist() == [0, 0, -1, 1, -1]
+    assert image_blocks(ids, None).tolist() == [-1] * 6
 
 
 def text_only() -> Tokenizer:

@@ -5,19 +5,23 @@ from collections.abc import Callable
 from medgemma_export.checkpoint import Checkpoint
 from medgemma_export.models import medgemma, medsiglip
 from medgemma_export.models.spec import Component, ModelSpec
-from medgemma_runtime.errors import CheckpointError
+from medgemma_runtime.errors import CheckpointError, EdgeError
 
 __all__ = ["ModelSpec", "Component", "MODELS", "load_model"]
 
-MODELS: dict[str, Callable[[Checkpoint], ModelSpec]] = {
+MODELS: dict[str, Callable[..., ModelSpec]] = {
     "Gemma3ForConditionalGeneration": medgemma.load,
     "Gemma3ForCausalLM": medgemma.load_text_only,
     "SiglipModel": medsiglip.load,
 }
 
 
-def load_model(checkpoint: Checkpoint) -> ModelSpec:
+def load_model(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> ModelSpec:
     """Describe the model in a checkpoint, by the architecture that its config.json names.
+
+    Args:
+        checkpoint: Where the weights lie.
+        residual_scale: Factor of a decoder's residual stream, for engines that compute in float16.
 
     Raises:
         CheckpointError: If the architecture is none of `MODELS`.
@@ -28,4 +32,8 @@ def load_model(checkpoint: Checkpoint) -> ModelSpec:
         raise CheckpointError(
             f"{checkpoint.id} is of architecture {architecture!r}; this version exports {', '.join(MODELS)}"
         )
-    return MODELS[architecture](checkpoint)
+    if residual_scale == 1:
+        return MODELS[architecture](checkpoint)
+    if MODELS[architecture] is medsiglip.load:
+        raise EdgeError(f"{architecture} has no decoder whose residual stream could be scaled; leave it at 1")
+    return MODELS[architecture](checkpoint, residual_scale=residual_scale)

@@ -5,7 +5,7 @@ everything, and the tokens of one image see each other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from medgemma_export.ops import HeadProjection, Heads, Linear, Ops, RmsNorm, Rotary, Table
@@ -31,6 +31,8 @@ class Decoder:
         attention_scale: Factor of the attention scores; not always `heads.width ** -0.5`.
         embedding_scale: Factor of the embedded tokens, but not of image features.
         eps: Of every norm.
+        residual_scale: Factor of the whole residual stream, a power of two. Norms undo it, so logits stay the
+            same; float16 engines need it, because the stream exceeds their range.
         head: Name of the output head's linear, or None where the head is the embedding's table.
     """
 
@@ -46,6 +48,7 @@ class Decoder:
     embedding_scale: float
     eps: float
     head: str | None
+    residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.heads.query % self.heads.kv:
@@ -66,10 +69,18 @@ class Decoder:
         """A norm over the hidden width, or over a head's."""
         return RmsNorm(name=f"{self.prefix}.{name}", width=width or self.width, eps=self.eps)
 
+    def stream_norm(self, name: str) -> RmsNorm:
+        """A norm of the residual stream, which is scaled, and so is what is added to its mean square."""
+        return replace(self.norm(name), eps=self.eps * self.residual_scale**2)
+
+    def branch_norm(self, name: str) -> RmsNorm:
+        """A norm of what is added to the residual stream."""
+        return replace(self.norm(name), factor=self.residual_scale)
+
 
 def embed_tokens(ops: Ops[T], ids: T, decoder: Decoder) -> T:
     """[B, S] ids to scaled embeddings [B, S, H]."""
-    return ops.scaled_embed(ids, decoder.table, decoder.embedding_scale)
+    return ops.scaled_embed(ids, decoder.table, decoder.embedding_scale * decoder.residual_scale)
 
 
 def decode(
@@ -89,25 +100,25 @@ def decode(
         blocks, attention_mask: as `Ops.mask` says
         local_start: [1], the first position that the caches of local layers still hold
         past: a key and a value [B, kv, P, D] for each layer, P the same in all local and in all global layers
-        logits: [B, vocabulary]
+        logits: [B, 1, vocabulary]
     """
     masks = {
         window: ops.mask(positions, blocks, attention_mask, None if window is None else local_start, window)
         for window in dict.fromkeys(decoder.windows)
     }
     present: list[tuple[T, T]] = []
-    normed = ops.rms_norm(x, decoder.norm("layers.0.input_layernorm"))
+    normed = ops.rms_norm(x, decoder.stream_norm("layers.0.input_layernorm"))
     for layer, window in enumerate(decoder.windows):
         name = f"layers.{layer}"
         branch, key, value = _attend(ops, normed, positions, masks[window], past[layer], decoder, layer)
         present.append((key, value))
-        branch = ops.rms_norm(branch, decoder.norm(f"{name}.post_attention_layernorm"))
-        x, normed = ops.residual_norm(x, branch, decoder.norm(f"{name}.pre_feedforward_layernorm"))
+        branch = ops.rms_norm(branch, decoder.branch_norm(f"{name}.post_attention_layernorm"))
+        x, normed = ops.residual_norm(x, branch, decoder.stream_norm(f"{name}.pre_feedforward_layernorm"))
         branch = _feed_forward(ops, normed, decoder, f"{name}.mlp")
-        branch = ops.rms_norm(branch, decoder.norm(f"{name}.post_feedforward_layernorm"))
+        branch = ops.rms_norm(branch, decoder.branch_norm(f"{name}.post_feedforward_layernorm"))
         is_last = layer == len(decoder.windows) - 1
         following = "norm" if is_last else f"layers.{layer + 1}.input_layernorm"
-        x, normed = ops.residual_norm(x, branch, decoder.norm(following))
+        x, normed = ops.residual_norm(x, branch, decoder.stream_norm(following))
     return _head(ops, ops.token(normed, -1), decoder), present
 
 

@@ -47,6 +47,8 @@ _ROTARY_KEYS = {"rope_type", "rope_theta", "factor"}
 _STOP_IDS = (1, 106)
 
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+# Not in every checkpoint.
+_MORE_FILES = ("chat_template.jinja", "generation_config.json")
 _LICENCES = {"sample:medgemma-tiny": "Apache-2.0", "sample:gemma3-270m": "Gemma Terms of Use"}
 _LICENCE = (
     "that of the checkpoint: Health AI Developer Foundations terms for MedGemma, Gemma terms for Gemma 3"
@@ -62,7 +64,7 @@ _INTENDED_USE = (
 )
 
 
-def load(checkpoint: Checkpoint) -> ModelSpec:
+def load(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> ModelSpec:
     """Describe a Gemma3ForConditionalGeneration checkpoint: vision tower, embedding and decoder.
 
     Raises:
@@ -74,8 +76,9 @@ def load(checkpoint: Checkpoint) -> ModelSpec:
     config = Gemma3Config.from_dict(dict(checkpoint.config))
     tied = bool(config.tie_word_embeddings and config.text_config.tie_word_embeddings)
     decoder = text_decoder(checkpoint, config.text_config, tied=tied)
+    decoder = replace(decoder, residual_scale=residual_scale)
     components = (
-        _vision_component(checkpoint, config, decoder.width),
+        _vision_component(checkpoint, config, decoder),
         embed_component(decoder, image_id=config.image_token_index),
         decoder_component(decoder),
     )
@@ -87,7 +90,7 @@ def load(checkpoint: Checkpoint) -> ModelSpec:
         image=image,
         prompt=_prompt_spec(
             config.text_config,
-            stop_ids=_stop_ids(checkpoint, config),
+            stop_ids=_stop_ids(checkpoint),
             image_id=config.image_token_index,
             tokens_per_image=config.mm_tokens_per_image,
         ),
@@ -95,7 +98,7 @@ def load(checkpoint: Checkpoint) -> ModelSpec:
     )
 
 
-def load_text_only(checkpoint: Checkpoint) -> ModelSpec:
+def load_text_only(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> ModelSpec:
     """Describe a Gemma3ForCausalLM checkpoint: embedding and decoder.
 
     Raises:
@@ -105,10 +108,11 @@ def load_text_only(checkpoint: Checkpoint) -> ModelSpec:
 
     config = Gemma3TextConfig.from_dict(dict(checkpoint.config))
     decoder = text_decoder(checkpoint, config, tied=bool(config.tie_word_embeddings))
+    decoder = replace(decoder, residual_scale=residual_scale)
     components = (embed_component(decoder, image_id=None), decoder_component(decoder))
     # A GGUF file names one token that ends an answer; llama.cpp finds <end_of_turn> by its spelling.
     is_gguf = all(name.endswith(".gguf") for name in checkpoint.weight_files)
-    stop_ids = _STOP_IDS if is_gguf else _stop_ids(checkpoint, config)
+    stop_ids = _STOP_IDS if is_gguf else _stop_ids(checkpoint)
     prompt = _prompt_spec(config, stop_ids=stop_ids, image_id=None, tokens_per_image=0)
     return _describe(checkpoint, "Gemma3ForCausalLM", components, image=None, prompt=prompt, files=_FILES)
 
@@ -230,7 +234,7 @@ def decoder_component(decoder: Decoder) -> Component:
             TensorSpec(
                 name="logits",
                 dtype="float32",
-                shape=("batch", decoder.vocabulary),
+                shape=("batch", 1, decoder.vocabulary),
                 description="after the last token of the sequence",
             ),
             *_caches(decoder, "present"),
@@ -254,7 +258,7 @@ def _caches(decoder: Decoder, time: str) -> Iterable[TensorSpec]:
             )
 
 
-def _vision_component(checkpoint: Checkpoint, config: Any, width: int) -> Component:
+def _vision_component(checkpoint: Checkpoint, config: Any, decoder: Decoder) -> Component:
     vision = config.vision_config
     if vision.hidden_act != "gelu_pytorch_tanh" or vision.num_channels != 3:
         raise CheckpointError(
@@ -277,10 +281,13 @@ def _vision_component(checkpoint: Checkpoint, config: Any, width: int) -> Compon
         eps=vision.layer_norm_eps,
     )
     norm = RmsNorm(
-        name="multi_modal_projector.mm_soft_emb_norm", width=tower.width, eps=vision.layer_norm_eps
+        name="multi_modal_projector.mm_soft_emb_norm",
+        width=tower.width,
+        eps=vision.layer_norm_eps,
+        factor=decoder.residual_scale,
     )
     projection = Linear(
-        name=_PROJECTION.removesuffix(".weight"), inputs=tower.width, outputs=width, bias=False
+        name=_PROJECTION.removesuffix(".weight"), inputs=tower.width, outputs=decoder.width, bias=False
     )
 
     def forward(ops: Ops[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,7 +306,7 @@ def _vision_component(checkpoint: Checkpoint, config: Any, width: int) -> Compon
                 description="RGB images prepared as the manifest's image spec says",
             ),
         ),
-        outputs=(_image_features(width),),
+        outputs=(_image_features(decoder.width),),
         forward=forward,
     )
 
@@ -323,9 +330,9 @@ def _embeddings(width: int) -> TensorSpec:
     )
 
 
-def _stop_ids(checkpoint: Checkpoint, config: Any) -> tuple[int, ...]:
+def _stop_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """What ends an answer: generation_config.json says it, or else config.json, or else Gemma's defaults."""
-    stated = getattr(config, "eos_token_id", None)
+    stated: Any = checkpoint.config.get("eos_token_id")  # transformers' default would be <eos> alone
     if (checkpoint.directory / "generation_config.json").is_file():
         stated = read_json(checkpoint, "generation_config.json").get("eos_token_id", stated)
     if stated is None:
@@ -385,6 +392,7 @@ def _describe(
     prompt: PromptSpec | None,
     files: tuple[str, ...],
 ) -> ModelSpec:
+    more_files = tuple(name for name in _MORE_FILES if (checkpoint.directory / name).is_file())
     return ModelSpec(
         architecture=architecture,
         components=components,
@@ -394,7 +402,7 @@ def _describe(
         text=None,
         prompt=prompt,
         similarity=None,
-        extra_files=files,
+        extra_files=files + more_files,
         licence=_LICENCES.get(checkpoint.id, _LICENCE),
         intended_use=_SAMPLE_USE if checkpoint.id in _LICENCES else _INTENDED_USE,
     )

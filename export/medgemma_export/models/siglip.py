@@ -64,7 +64,7 @@ def pool_by_attention(ops: Ops[T], features: T, tower: Encoder) -> T:
     pooled = _attend(ops, probe, features, tower, "head.attention")
     normed = ops.layer_norm(pooled, tower.layer_norm("head.layernorm"))
     pooled = ops.residual_add(pooled, _feed_forward(ops, normed, tower, "head.mlp"))
-    return ops.token(pooled, 0)
+    return ops.join_batch(ops.token(pooled, 0))
 
 
 def encode_text(ops: Ops[T], ids: T, tower: Encoder, *, vocabulary: int, length: int) -> T:
@@ -78,6 +78,7 @@ def encode_text(ops: Ops[T], ids: T, tower: Encoder, *, vocabulary: int, length:
     positions = Parameter(name=f"{embeddings}.position_embedding.weight", shape=(length, tower.width))
     x = _encode(ops, ops.add_positions(ops.embed(ids, table), positions), tower)
     x = ops.token(ops.layer_norm(x, tower.layer_norm("final_layer_norm")), -1)
+    x = ops.join_batch(x)
     return ops.linear(x, tower.linear("head", tower.width, tower.width))
 
 

@@ -36,6 +36,15 @@ _CONTROL_TOKENS = (
     "<start_of_image>",
     "<end_of_image>",
 )
+# Gemma 3's turns, for user and assistant, texts and images.
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
+    "{% for part in message.content %}"
+    "{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}"
+    "{% endfor %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 _BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _WORDS = ("user", "model", "Describe", "this", "image", "findings", "SLICE")
 
@@ -163,6 +172,7 @@ def write_gemma_files(directory: Path, tokenizer: Tokenizer, *, image_size: int,
             "eoi_token": "<end_of_image>",
             "image_token": _IMAGE_TOKEN,
             "clean_up_tokenization_spaces": False,
+            "chat_template": _CHAT_TEMPLATE,
         },
     )
     write_json(

@@ -2,13 +2,21 @@
 
     python -m medgemma_export.samples.random_checkpoint medsiglip-448 --out DIR
     python -m medgemma_export.samples.random_checkpoint medgemma-4b --out DIR
+    python -m medgemma_export.samples.random_checkpoint medgemma-27b --out DIR
 
 The files are laid out as on the hub, in shards, so that everything that reads a real checkpoint reads them.
 Values are drawn so that activations keep a sane range through all layers; they mean nothing.
+
+27B is 54 GB, of which most is not there: only the first layers have values, the others are holes in sparse
+files, which read as zeros and take no room. Every byte is read, hashed, rounded and packed all the same, and
+zeros take as long to round as anything; but such a model says nothing of quality, and its files shrink to
+little where a disk or an archive compresses.
 """
 
 import json
 import math
+import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +30,7 @@ import typer
 from numpy.typing import NDArray
 from rich.progress import track
 
-from medgemma_export.checkpoint import INDEX_NAME
+from medgemma_export.safetensors_checkpoint import INDEX_NAME
 from medgemma_export.samples.captions import CAPTIONS
 from medgemma_export.samples.medgemma_tiny import (
     build_gemma_tokenizer,
@@ -44,6 +52,19 @@ _DTYPES = {
 }
 
 Shapes = dict[str, tuple[int, ...]]
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+# What the text decoders of 4B and 27B share.
+_GEMMA_TEXT = {
+    "vocab_size": 262208,
+    "sliding_window": 1024,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
 
 
 def _medsiglip_448(directory: Path) -> Shapes:
@@ -84,7 +105,7 @@ def _medgemma_4b(directory: Path) -> Shapes:
     tokenizer = build_gemma_tokenizer(text for texts in CAPTIONS.values() for text in texts)
     config = Gemma3Config(
         text_config={
-            "vocab_size": 262208,
+            **_GEMMA_TEXT,
             "hidden_size": 2560,
             "intermediate_size": 10240,
             "num_hidden_layers": 34,
@@ -92,12 +113,6 @@ def _medgemma_4b(directory: Path) -> Shapes:
             "num_key_value_heads": 4,
             "head_dim": 256,
             "query_pre_attn_scalar": 256,
-            "sliding_window": 1024,
-            "max_position_embeddings": 131072,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
         },
         vision_config={
             "hidden_size": 1152,
@@ -123,12 +138,50 @@ def _medgemma_4b(directory: Path) -> Shapes:
     return {name: tuple(value.shape) for name, value in state.items() if name != "lm_head.weight"}
 
 
+def _medgemma_27b(directory: Path) -> Shapes:
+    """google/medgemma-27b-text-it: everything but its weights, as `_medgemma_4b`."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    tokenizer = build_gemma_tokenizer(text for texts in CAPTIONS.values() for text in texts)
+    config = Gemma3TextConfig(
+        **_GEMMA_TEXT,
+        hidden_size=5376,
+        intermediate_size=21504,
+        num_hidden_layers=62,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=168,
+        eos_token_id=[1, tokenizer.token_to_id("<end_of_turn>")],
+        architectures=["Gemma3ForCausalLM"],
+    )
+    config.save_pretrained(directory)
+    write_gemma_files(directory, tokenizer, image_size=896, image_tokens=256)
+    (directory / "preprocessor_config.json").unlink()  # it sees no images
+    with torch.device("meta"):
+        state = Gemma3ForCausalLM(config).state_dict()
+    return {name: tuple(value.shape) for name, value in state.items() if name != "lm_head.weight"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RandomModel:
-    """What writes a model's small files and returns its tensors' shapes, and how its weights are drawn."""
+    """A model whose shapes can be written.
+
+    Attributes:
+        write_files: Writes its small files and returns its tensors' shapes.
+        distribution: Mean and standard deviation of a tensor's values, by name and shape.
+        filled_layers: How many of its layers have values; those of the others are holes. None for all.
+    """
 
     write_files: Callable[[Path], Shapes]
     distribution: Callable[[str, tuple[int, ...]], tuple[float, float]]
+    filled_layers: int | None = None
+
+    def is_hole(self, name: str) -> bool:
+        """Whether a tensor has no values."""
+        layer = _LAYER.search(name)
+        return self.filled_layers is not None and layer is not None and int(layer[1]) >= self.filled_layers
 
 
 def siglip_distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -152,6 +205,8 @@ def siglip_distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float
 MODELS: dict[str, RandomModel] = {
     "medsiglip-448": RandomModel(write_files=_medsiglip_448, distribution=siglip_distribution),
     "medgemma-4b": RandomModel(write_files=_medgemma_4b, distribution=gemma_distribution),
+    # Five local layers and a global one, and the table: 7.8 GB on disk.
+    "medgemma-27b": RandomModel(write_files=_medgemma_27b, distribution=gemma_distribution, filled_layers=6),
 }
 """The models whose shapes can be written, by name."""
 
@@ -179,14 +234,15 @@ def write_random_checkpoint(model: str, directory: Path, *, dtype: str = "bfloat
     if directory.exists():
         raise EdgeError(f"{directory} exists already; remove it or name another")
     directory.mkdir(parents=True)
-    shapes = MODELS[model].write_files(directory)
+    wanted = MODELS[model]
+    shapes = wanted.write_files(directory)
     itemsize = _DTYPES[dtype][1].itemsize
     shards = list(_split(shapes, itemsize))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(track(shards, description=f"Writing {model}"), start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        draw = partial(_draw, seed=seed, distribution=MODELS[model].distribution)
-        _write_shard(directory / file, shard, dtype=dtype, draw=draw)
+        draw = partial(_draw, seed=seed, distribution=wanted.distribution)
+        _write_shard(directory / file, shard, dtype=dtype, draw=draw, is_hole=wanted.is_hole)
         weight_map |= dict.fromkeys(shard, file)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     index = {"metadata": {"total_size": parameters * itemsize}, "weight_map": weight_map}
@@ -214,6 +270,7 @@ def _write_shard(
     *,
     dtype: str,
     draw: Callable[[str, tuple[int, ...]], Iterator[NDArray[np.float32]]],
+    is_hole: Callable[[str], bool],
 ) -> None:
     """The safetensors format, by hand: its library wants every tensor of a file in memory at once."""
     label, stored = _DTYPES[dtype]
@@ -228,8 +285,12 @@ def _write_shard(
     with path.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shapes.items():
+            if is_hole(name):
+                stream.seek(math.prod(shape) * stored.itemsize, os.SEEK_CUR)
+                continue
             for chunk in draw(name, shape):
                 stream.write(chunk.astype(stored).tobytes())
+        stream.truncate()  # a hole at the end is part of the file
 
 
 def _draw(

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from medgemma_export.models.spec import ModelSpec
+from medgemma_export.targets.coreml import CoremlTarget
+from medgemma_export.targets.executorch import ExecutorchTarget
 from medgemma_export.targets.onnx import OnnxTarget
 from medgemma_quantization.plan import PackedWeight, QuantPlan
+from medgemma_quantization.scheme import Scheme
 from medgemma_quantization.weights import QuantizedWeights
-from medgemma_runtime.manifest import ComponentEntry, TargetName
+from medgemma_runtime.manifest import ComponentEntry, Precision, TargetName
 
 if TYPE_CHECKING:
     from medgemma_export.torch_ops import IntegerLinear
@@ -18,6 +21,10 @@ __all__ = ["Target", "TARGETS"]
 
 class Target(Protocol):
     """A deployment format."""
+
+    def scheme(self, precision: Precision) -> Scheme:
+        """What `--precision` means for this format: its engines differ in what they do to activations."""
+        ...
 
     def check(self, model: ModelSpec, plan: QuantPlan) -> None:
         """Refuse what the format cannot take, before any weight is read.
@@ -35,7 +42,7 @@ class Target(Protocol):
         *,
         progress: Callable[[int, int], None],
     ) -> tuple[dict[str, ComponentEntry], list[PackedWeight]]:
-        """Write every component into `directory`.
+        """Write every component into `directory`, where the model's extra files lie already.
 
         Returns:
             The components for the manifest, and what was packed, to be held against the plan.
@@ -49,4 +56,6 @@ class Target(Protocol):
 
 TARGETS: dict[TargetName, Target] = {
     "onnx": OnnxTarget(),
+    "coreml": CoremlTarget(),
+    "executorch": ExecutorchTarget(),
 }

@@ -7,7 +7,9 @@ Standard operators where they are as fast, ONNX Runtime's own where they are not
   are signed, the fast form on VNNI and AMX, and exact on every processor because neighbouring integers are
   bounded (see `medgemma_quantization.affine`);
 - int4 and int8 in blocks: `MatMulNBits` at accuracy level 4, which rounds activations to int8 in the same
-  blocks; tables are the same bytes, looked up by `GatherBlockQuantized`.
+  blocks; tables are the same bytes, looked up by `GatherBlockQuantized`;
+- fp16: weights only. They are cast when the program is loaded, because the CPU has no faster kernels for
+  float16; what is gained is the size of the download.
 """
 
 from collections.abc import Callable
@@ -20,11 +22,14 @@ import onnx_ir as ir
 
 from medgemma_export.external_data import ExternalData
 from medgemma_export.models.spec import Component, ModelSpec
+from medgemma_export.targets.onnx_genai import write_genai_files
+from medgemma_export.targets.onnx_js import write_js_files
 from medgemma_export.targets.onnx_ops import DOMAIN, OnnxOps
 from medgemma_quantization.plan import PackedWeight, QuantPlan
+from medgemma_quantization.scheme import SCHEMES, Scheme
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.errors import EdgeError
-from medgemma_runtime.manifest import ComponentEntry, TensorSpec
+from medgemma_runtime.manifest import ComponentEntry, Precision, TensorSpec
 
 if TYPE_CHECKING:
     from medgemma_export.torch_ops import IntegerLinear
@@ -34,17 +39,31 @@ __all__ = ["OnnxTarget"]
 _IR_VERSION = 11
 
 # transformers.js finds a precision by these endings, `dtype: "int8"` and `"q4"`.
-_FILE_ENDING = {32: "", 8: "_int8", 4: "_q4"}
+_FILE_ENDING = {32: "", 16: "_fp16", 8: "_int8", 4: "_q4"}
 
 
 @dataclass(frozen=True)
 class OnnxTarget:
     """See `Target`."""
 
+    def scheme(self, precision: Precision) -> Scheme:
+        """See `Target`."""
+        return SCHEMES[precision]
+
     def check(self, model: ModelSpec, plan: QuantPlan) -> None:
         """See `Target`."""
+        if plan.activations == "float16":
+            raise EdgeError(
+                f"scheme {plan.scheme} computes in float16, which ONNX Runtime does not on a CPU; "
+                'say activations = "float"'
+            )
+        if plan.residual_scale != 1:
+            raise EdgeError(
+                f"scheme {plan.scheme} scales the residual stream by {plan.residual_scale:g}; ONNX Runtime "
+                "computes in float32, whose range needs no help: leave residual_scale out"
+            )
         for row in plan.rows:
-            if row.storage.bits != 32 and row.role == "table" and not row.storage.block:
+            if not row.storage.is_float and row.role == "table" and not row.storage.block:
                 raise EdgeError(
                     f"{row.name}: the plan asks for {row.storage}, and ONNX Runtime looks up rows in blocks; "
                     "give the table a block of 32"
@@ -54,7 +73,7 @@ class OnnxTarget:
                     f"{row.name}: the plan asks for {row.storage}, and ONNX Runtime's int4 kernel takes "
                     "blocks; give it a block of 32"
                 )
-        has_integers = any(row.role == "linear" and row.storage.bits != 32 for row in plan.rows)
+        has_integers = any(row.role == "linear" and not row.storage.is_float for row in plan.rows)
         if has_integers and plan.activations != "int8-dynamic":
             raise EdgeError(
                 f"scheme {plan.scheme} keeps activations {plan.activations}, and ONNX Runtime's integer "
@@ -85,6 +104,8 @@ class OnnxTarget:
             entries[component.name] = ComponentEntry(
                 program=program, inputs=component.inputs, outputs=component.outputs
             )
+        write_genai_files(model, entries, directory)
+        write_js_files(model, entries, directory)
         return entries, packed
 
     def integer_linear(self) -> "IntegerLinear":
@@ -138,7 +159,8 @@ def _input(spec: TensorSpec) -> ir.Value:
 def _value(spec: TensorSpec) -> ir.Value:
     return ir.Value(
         name=spec.name,
-        shape=ir.Shape(spec.shape),
+        # transformers.js knows by this name how long the first axis of an empty cache is.
+        shape=ir.Shape("batch_size" if dim == "batch" else dim for dim in spec.shape),
         type=ir.TensorType(ir.DataType.from_numpy(np.dtype(spec.dtype))),
         doc_string=spec.description,
     )

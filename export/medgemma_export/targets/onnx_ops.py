@@ -35,6 +35,10 @@ JOINT = "+"
 _OPSET = 20  # the first with Gelu
 _GEMMA_OPSET = 23  # the first with RotaryEmbedding and RMSNormalization
 
+# A weight of more bytes is multiplied in pieces, whose rows keep the file's alignment.
+_PIECE_BYTES = 96 << 20
+_PIECE_ROWS = 1 << 14
+
 _Attribute = int | float | str | Sequence[int] | ir.TensorProtocol
 
 
@@ -74,8 +78,9 @@ class OnnxOps:
         """See `Ops`."""
         name = f"{table.name}.weight"
         storage = self._storage(name)
-        if storage.bits == 32:
-            return self._node("Gather", [self._float(name), ids])
+        if storage.is_float:
+            rows = self._node("Gather", [self._stored_float([name], self.weights.float(name)), ids])
+            return self._to_float32(rows) if storage.bits == 16 else rows
         rows = self._weight(name, self._unsigned(name), storage, (table.rows, table.width))
         attributes: dict[str, _Attribute] = {
             "bits": storage.bits,
@@ -83,7 +88,12 @@ class OnnxOps:
             "gather_axis": 0,
             "quantize_axis": 1,
         }
-        scales = self._scales([name], self.weights.scales(name))
+        scales = self._stored_scales([name], self.weights.scales(name))
+        if storage.bits == 4:
+            # Exact: 4 bits times the 8 of a scale are 11 at most. The scales need no float32 copy then.
+            found = self._node("GatherBlockQuantized", [rows, ids, scales], attributes, DOMAIN)
+            return self._to_float32(found)
+        scales = self._to_float32(scales)
         return self._node("GatherBlockQuantized", [rows, ids, scales], attributes, DOMAIN)
 
     def add_positions(self, x: ir.Value, positions: Parameter) -> ir.Value:
@@ -93,7 +103,7 @@ class OnnxOps:
     def linear(self, x: ir.Value, weight: Linear) -> ir.Value:
         """See `Ops`."""
         storage = self._storage(f"{weight.name}.weight")
-        if storage.bits == 32:
+        if storage.is_float:
             return self._float_linear(x, weight)
         bias = self._float(f"{weight.name}.bias") if weight.bias else None
         if storage.block:
@@ -134,7 +144,7 @@ class OnnxOps:
 
     def token(self, x: ir.Value, index: int) -> ir.Value:
         """See `Ops`."""
-        return self._node("Gather", [x, self._integers(np.array(index))], {"axis": 1})
+        return self._node("Gather", [x, self._shape([index])], {"axis": 1})
 
     def scaled_embed(self, ids: ir.Value, table: Table, scale: float) -> ir.Value:
         """See `Ops`."""
@@ -306,8 +316,14 @@ class OnnxOps:
     def logits(self, x: ir.Value, table: Table) -> ir.Value:
         """See `Ops`. The table's bytes are those that `embed` looks up."""
         name = f"{table.name}.weight"
-        if self._storage(name).bits == 32:
-            return self._node("Gemm", [x, self._float(name)], {"transB": 1})
+        storage = self._storage(name)
+        if storage.is_float:
+            matrix = self._stored_float([name], self.weights.float(name))
+            matrix = self._to_float32(matrix) if storage.bits == 16 else matrix
+            # Gemm reads the table as it lies, and has no third axis.
+            flat = self._node("Squeeze", [x, self._shape([1])])
+            flat = self._node("Gemm", [flat, matrix], {"transB": 1})
+            return self._node("Unsqueeze", [flat, self._shape([1])])
         return self._block_product(x, [name], None)
 
     def output(self, value: ir.Value, declared: ir.Value) -> ir.Value:
@@ -328,7 +344,7 @@ class OnnxOps:
             parts = [self.linear(x, linear) for linear in linears]
             return self._node("Concat", parts, {"axis": -1}), widths
         storage = self._storage(names[0])
-        if storage.bits == 32:
+        if storage.is_float:
             return self._float_product(x, names), widths
         if storage.block:
             return self._block_product(x, names, None), widths
@@ -338,8 +354,18 @@ class OnnxOps:
         return self._nodes("Split", [x, self._shape(widths)], {"axis": -1}, outputs=len(widths))
 
     def _float_product(self, x: ir.Value, names: Sequence[str]) -> ir.Value:
-        matrix = np.concatenate([self.weights.float(name) for name in names])
-        return self._node("MatMul", [x, self._joined(names, matrix.T)])
+        array = np.concatenate([self.weights.float(name) for name in names]).T
+        matrix = self._stored_float(names, array)
+        if self._storage(names[0]).bits == 16:
+            matrix = self._to_float32(matrix)
+        return self._node("MatMul", [x, matrix])
+
+    def _stored_float(self, names: Sequence[str], array: NDArray[np.float32]) -> ir.Value:
+        is_half = self._storage(names[0]).bits == 16
+        return self._joined(names, array.astype(np.float16) if is_half else array)
+
+    def _to_float32(self, x: ir.Value) -> ir.Value:
+        return self._node("Cast", [x], {"to": ir.DataType.FLOAT.value})
 
     def _channel_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None) -> ir.Value:
         tensors = [self.weights.quantized(name) for name in names]
@@ -351,17 +377,39 @@ class OnnxOps:
         rows = [self.weights.plan.by_name[name] for name in names]
         storage, inputs = rows[0].storage, rows[0].stored_shape[1]
         scales = np.concatenate([self.weights.scales(name) for name in names])
-        values = np.concatenate([self._unsigned(name) for name in names])
-        matrix = self._joined(names, values.reshape(*scales.shape, -1))
+        values = np.concatenate([self._unsigned(name) for name in names]).reshape(*scales.shape, -1)
         attributes: dict[str, _Attribute] = {
             "K": inputs,
-            "N": sum(row.stored_shape[0] for row in rows),
+            "N": len(values),
             "bits": storage.bits,
             "block_size": storage.block,
             "accuracy_level": 4,
         }
-        stored = self._scales(names, scales)
+        if values.nbytes > _PIECE_BYTES and bias is None:
+            return self._product_in_pieces(x, names, values, scales, attributes)
+        matrix, stored = self._joined(names, values), self._scales(names, scales)
         return self._node("MatMulNBits", [x, matrix, stored, None, None, bias], attributes, DOMAIN)
+
+    def _product_in_pieces(
+        self,
+        x: ir.Value,
+        names: Sequence[str],
+        values: NDArray[np.uint8],
+        scales: NDArray[np.float32],
+        attributes: dict[str, _Attribute],
+    ) -> ir.Value:
+        """One product for every so many rows: ONNX Runtime copies each weight as it loads it."""
+        rows = -(-len(values) * _PIECE_BYTES // values.nbytes // _PIECE_ROWS) * _PIECE_ROWS
+        self._note_joined(names)
+        name = JOINT.join(names)
+        matrices = self.data.add_in_pieces(name, values, rows)
+        halves = self.data.add_in_pieces(f"{name}.scales", scales.astype(np.float16), rows)
+        parts = []
+        for matrix, half in zip(matrices, halves, strict=True):
+            sizes = attributes | {"N": matrix.shape.numpy()[0]}
+            stored = self._to_float32(self._initializer(half))
+            parts.append(self._node("MatMulNBits", [x, self._initializer(matrix), stored], sizes, DOMAIN))
+        return self._node("Concat", parts, {"axis": -1})
 
     def _rms_norm(self, x: ir.Value, gain: ir.Value, eps: float) -> ir.Value:
         self.opset = _GEMMA_OPSET
@@ -369,7 +417,7 @@ class OnnxOps:
 
     def _gain(self, weight: RmsNorm) -> ir.Value:
         name = f"{weight.name}.weight"
-        return self._weight(name, self.weights.float(name) + 1, FLOAT32, (weight.width,))
+        return self._weight(name, (self.weights.float(name) + 1) * weight.factor, FLOAT32, (weight.width,))
 
     def _float_linear(self, x: ir.Value, weight: Linear) -> ir.Value:
         y = self._float_product(x, [f"{weight.name}.weight"])
@@ -381,9 +429,12 @@ class OnnxOps:
         return self.weights.stored_values(name).view(np.uint8) ^ np.uint8(0x88 if is_packed else 0x80)
 
     def _scales(self, names: Sequence[str], scales: NDArray[np.float32]) -> ir.Value:
-        """Half the bytes on disk: float16 holds every scale exactly, and the cast is folded at load."""
-        stored = self._constant(f"{JOINT.join(names)}.scales", scales.astype(np.float16))
-        return self._node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
+        """As the kernels take them; the cast is folded when the program is loaded."""
+        return self._to_float32(self._stored_scales(names, scales))
+
+    def _stored_scales(self, names: Sequence[str], scales: NDArray[np.float32]) -> ir.Value:
+        """Half the bytes on disk: float16 holds every scale exactly."""
+        return self._constant(f"{JOINT.join(names)}.scales", scales.astype(np.float16))
 
     def _storage(self, name: str) -> Storage:
         return self.weights.plan.by_name[name].storage
@@ -394,19 +445,27 @@ class OnnxOps:
 
     def _joined(self, names: Sequence[str], array: NDArray[Any]) -> ir.Value:
         """Weights of one storage that lie as one: the rows of the first, then those of the next."""
+        self._note_joined(names)
+        return self._constant(JOINT.join(names), array)
+
+    def _note_joined(self, names: Sequence[str]) -> None:
         for name in names:
             row = self.weights.plan.by_name[name]
             self.note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
-        return self._constant(JOINT.join(names), array)
 
     def _weight(self, name: str, array: NDArray[Any], storage: Storage, shape: tuple[int, ...]) -> ir.Value:
         self.note(PackedWeight(name=name, storage=storage, shape=shape))
         return self._constant(name, array)
 
     def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        tensor = self.data.add(name, array)
+        return self._initializer(self.data.add(name, array))
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=tensor.name,
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self.initializers.append(value)
         return value

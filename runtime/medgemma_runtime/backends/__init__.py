@@ -23,6 +23,19 @@ def open_session(artifact: Artifact, component: str, *, threads: int | None = No
         from medgemma_runtime.backends.ort import OrtSession
 
         return OrtSession(artifact, component, threads=threads)
+    if artifact.manifest.target == "coreml":
+        from medgemma_runtime.backends.mil_session import MilSession
+
+        if threads is not None:
+            raise EdgeError(
+                "the evaluator of Core ML programs takes as many threads as NumPy does; leave threads out "
+                "and set OPENBLAS_NUM_THREADS instead"
+            )
+        return MilSession(artifact, component)
+    if artifact.manifest.target == "executorch":
+        from medgemma_runtime.backends.executorch import ExecutorchSession
+
+        return ExecutorchSession(artifact, component, threads=threads)
     raise EdgeError(
         f"target {artifact.manifest.target!r} has no engine in this version of the runtime; "
         "export the model with --target onnx"

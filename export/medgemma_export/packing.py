@@ -67,7 +67,7 @@ def record_packing(
     manifest, record = artifact.manifest, bundle.record
     if record.kind != "float":
         raise EdgeError(
-            f"{reference} is a {record.kind} reference, and packing is asked of encoders against a float one; "
+            f"{reference} is a {record.kind} reference, and packing is asked of encoders with a float one; "
             "name that, or compare the artifact with this reference as it is"
         )
     if manifest.precision == "fp32":

@@ -41,9 +41,10 @@ demo: $(VENV)/.installed
 	medgemma-export --target onnx --model sample:medgemma-tiny --precision int4 --out $(OUT)/medgemma-int4
 	medgemma-reference record --model sample:medgemma-tiny --out $(OUT)/medgemma-reference
 	medgemma-parity $(OUT)/medgemma-int4 --reference $(OUT)/medgemma-reference \
-	  --out $(OUT)/parity-medgemma-int4.json
+	  --out $(OUT)/medgemma-parity.json
 	medgemma-run generate $(OUT)/medgemma-int4 --max-tokens 12 --prompt "Describe this image." --image \
 	  "$$(python -c 'from medgemma_runtime.sample_images import *; print(sample_image_path(SAMPLE_IMAGES[0]))')"
+	medgemma-report $(OUT)/medgemma-parity.json --out $(OUT)/report-medgemma
 	medgemma-report $(OUT)/parity-*.json $(OUT)/latency-*.json --out $(OUT)/report
 
 test: $(VENV)/.installed

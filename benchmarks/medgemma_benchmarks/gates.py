@@ -19,6 +19,7 @@ Metric = Literal[
     "differing_uint8",
     "differing_ids",
     "max_abs_error",
+    "max_standardized_error",
     "relative_error",
     "cosine_min",
     "rounded_cosine_min",
@@ -37,7 +38,7 @@ _OF_INPUTS: dict[Question, frozenset[Metric]] = {
 _OF_OUTPUTS: frozenset[Metric] = frozenset(("max_abs_error", "relative_error", "cosine_min"))
 _OF_LABELS: frozenset[Metric] = frozenset(("logit_error", "agreement", "near_tie_share"))
 _OF_TOKENS: frozenset[Metric] = frozenset(
-    ("max_abs_error", "kl_mean", "agreement", "near_tie_share", "perplexity_ratio")
+    ("max_standardized_error", "kl_mean", "agreement", "near_tie_share", "perplexity_ratio")
 )
 
 

@@ -109,7 +109,7 @@ class Judge:
         Among thousands some are near ties: left out of agreement, they are no verdict on the whole.
         """
         values = {
-            "max_abs_error": parity.max_abs_error,
+            "max_standardized_error": parity.max_standardized_error,
             "kl_mean": parity.kl_mean,
             "agreement": parity.agreement,
             "near_tie_share": parity.near_tie_share,

@@ -20,6 +20,7 @@ __all__ = [
     "cosine",
     "sqnr_db",
     "max_abs_error",
+    "max_standardized_error",
     "relative_error",
     "top_k_agreement",
     "first_choices",
@@ -91,6 +92,19 @@ def max_abs_error(*, actual: NDArray[Any], reference: NDArray[Any]) -> float:
     """
     a, r = _pair(actual, reference)
     return float(np.max(np.abs(a - r)))
+
+
+def max_standardized_error(*, actual: NDArray[Any], reference: NDArray[Any]) -> float:
+    """The largest absolute difference of two elements, in standard deviations of the reference's elements.
+
+    Raises:
+        MetricError: If shapes differ, a value is not finite, or the reference is constant.
+    """
+    a, r = _pair(actual, reference)
+    deviation = float(np.std(r))
+    if deviation == 0.0:
+        raise MetricError("standardized error is undefined: all elements of the reference are equal")
+    return float(np.max(np.abs(a - r))) / deviation
 
 
 def relative_error(*, actual: NDArray[Any], reference: NDArray[Any]) -> float:

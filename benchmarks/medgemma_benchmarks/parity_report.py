@@ -174,6 +174,8 @@ class PredictionParity:
         kl_mean: Mean of KL(reference || artifact), nats.
         kl_p99: What 99 % of the predictions stay below, nats.
         max_abs_error: Largest difference of one logit.
+        max_standardized_error: Largest difference of one logit, in standard deviations of the reference's
+            logits at the same position.
         agreement: Share with the reference's first token, without near ties; None when all are.
         near_ties: How many were left out.
         near_tie_share: Their share of all.
@@ -189,6 +191,7 @@ class PredictionParity:
     kl_mean: float | None = None
     kl_p99: float | None = None
     max_abs_error: float | None = None
+    max_standardized_error: float | None = None
     agreement: float | None = None
     near_ties: int = 0
     near_tie_share: float | None = None

@@ -27,7 +27,7 @@ _PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _KEY_METRICS = {
     "pixels": ("differing_uint8",),
     "tokens": ("differing_ids",),
-    "lowering": ("max_abs_error",),
+    "lowering": ("max_abs_error", "max_standardized_error"),
     "packing": ("max_abs_error",),
     "scheme": ("kl_mean", "cosine_min"),
     "end-to-end": ("agreement",),

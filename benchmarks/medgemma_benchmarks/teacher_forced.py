@@ -16,6 +16,7 @@ from medgemma_benchmarks.metrics import (
     kl_of_log_probabilities,
     log_probabilities,
     max_abs_error,
+    max_standardized_error,
 )
 from medgemma_benchmarks.parity_report import PredictionParity
 from medgemma_runtime.decoder import Decoder
@@ -33,6 +34,7 @@ class Prediction:
     Attributes:
         kl: KL(reference || actual), nats.
         max_abs_error: Largest difference of one logit.
+        max_standardized_error: The same in standard deviations of the reference's logits here.
         choice: The first token of either, and the verdict on it.
         actual_nats: Log probability that the artifact gave to the token that came.
         reference_nats: Log probability that the reference gave to it.
@@ -40,6 +42,7 @@ class Prediction:
 
     kl: float
     max_abs_error: float
+    max_standardized_error: float
     choice: Choice
     actual_nats: float
     reference_nats: float
@@ -104,12 +107,13 @@ def compare_predictions(
     found = []
     for row, wanted, token in zip(actual, reference, ids, strict=True):
         logits = {"actual": row[None].astype(np.float64), "reference": wanted[None].astype(np.float64)}
-        error = max_abs_error(**logits)
+        error, standardized = max_abs_error(**logits), max_standardized_error(**logits)
         nats = {side: log_probabilities(values) for side, values in logits.items()}
         found.append(
             Prediction(
                 kl=float(kl_of_log_probabilities(**nats)[0]),
                 max_abs_error=error,
+                max_standardized_error=standardized,
                 choice=first_choices(**logits, tie_margin=tie_margin)[0],
                 actual_nats=float(nats["actual"][0, token]),
                 reference_nats=float(nats["reference"][0, token]),
@@ -131,6 +135,7 @@ def summarize(predictions: Sequence[Prediction]) -> PredictionParity:
         kl_mean=float(divergence.mean()),
         kl_p99=float(np.percentile(divergence, 99)),
         max_abs_error=max(prediction.max_abs_error for prediction in predictions),
+        max_standardized_error=max(prediction.max_standardized_error for prediction in predictions),
         agreement=verdicts.count("SAME") / decided if decided else None,
         near_ties=near,
         near_tie_share=near / len(verdicts),

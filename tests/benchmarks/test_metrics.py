@@ -11,6 +11,7 @@ from medgemma_benchmarks.metrics import (
     kl_of_log_probabilities,
     log_probabilities,
     max_abs_error,
+    max_standardized_error,
     probabilities,
     relative_error,
     sqnr_db,
@@ -42,6 +43,15 @@ def test_sqnr_by_hand_and_infinite_without_noise() -> None:
     actual = REFERENCE + np.array([[0.1, 0.0], [0.0, 0.0]])
     assert sqnr_db(actual=actual, reference=REFERENCE) == pytest.approx(10 * math.log10(26 / 0.01), abs=1e-4)
     assert sqnr_db(actual=REFERENCE, reference=REFERENCE) == math.inf
+
+
+def test_standardized_error_does_not_see_scale() -> None:
+    actual = REFERENCE + np.array([[0.5, 0.0], [0.0, 0.0]])
+    by_hand = 0.5 / float(np.std(REFERENCE))
+    assert max_standardized_error(actual=actual, reference=REFERENCE) == pytest.approx(by_hand)
+    assert max_standardized_error(actual=64 * actual, reference=64 * REFERENCE) == pytest.approx(by_hand)
+    with pytest.raises(MetricError, match="all elements of the reference are equal"):
+        max_standardized_error(actual=REFERENCE, reference=np.ones_like(REFERENCE))
 
 
 def test_the_reference_is_the_denominator() -> None:

@@ -65,6 +65,8 @@ def test_two_tokens_by_hand() -> None:
     assert found.actual_nats == pytest.approx(math.log(0.5))
     assert found.reference_nats == pytest.approx(math.log(0.25), abs=1e-6)
     assert found.max_abs_error == pytest.approx(7 + math.log(0.75), abs=1e-6)
+    deviation = math.log(3) / 2
+    assert found.max_standardized_error == pytest.approx((7 + math.log(0.75)) / deviation, abs=1e-5)
     assert (found.choice.actual, found.choice.reference, found.choice.verdict) == (0, 0, "SAME")
     assert found.choice.margin == pytest.approx(math.log(3), abs=1e-5)
 
@@ -86,7 +88,8 @@ def test_a_near_tie_of_the_reference_is_left_out_of_agreement() -> None:
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
-    uniform, ids = np.zeros((5, VOCABULARY)), np.arange(5)
+    # And one more token that is never chosen: logits that are all equal are no model's.
+    uniform, ids = np.pad(np.zeros((5, VOCABULARY)), ((0, 0), (0, 1)), constant_values=-1e3), np.arange(5)
     parity = summarize(compare_predictions(actual=uniform, reference=uniform, ids=ids, tie_margin=0.1))
     assert parity.perplexity == pytest.approx(VOCABULARY)
     assert parity.reference_perplexity == pytest.approx(VOCABULARY)
@@ -113,7 +116,7 @@ def test_predictions_of_the_position_beside_are_seen() -> None:
 
 
 def test_a_model_that_is_sure_of_the_wrong_token_has_a_finite_perplexity() -> None:
-    actual, reference = np.array([[1e4, 0.0]]), np.zeros((1, 2))
+    actual, reference = np.array([[1e4, 0.0]]), np.array([[0.5, 0.0]])
     parity = summarize(
         compare_predictions(actual=actual, reference=reference, ids=np.array([1]), tie_margin=0.1)
     )
@@ -132,5 +135,5 @@ def test_rows_that_do_not_go_together_are_refused() -> None:
         )
     with pytest.raises(MetricError, match="1 of 3 actual values are NaN"):
         compare_predictions(
-            actual=np.array([[np.nan, 0, 0]]), reference=np.zeros((1, 3)), ids=np.array([0]), tie_margin=0.1
+            actual=np.array([[np.nan, 0, 0]]), reference=rows((1, 3)), ids=np.array([0]), tie_margin=0.1
         )

@@ -44,6 +44,8 @@ Examples:
 
   medgemma-export --target onnx --model google/medsiglip-448 --precision int4 --out medsiglip-int4
 
+  medgemma-export --target onnx --model google/medgemma-4b-it --scheme mobile
+
   medgemma-export --target onnx --model ./my-finetune --precision int8 --components image --dry-run
 
   medgemma-export --target onnx --model google/medgemma-1.5-4b-it --adapter ./my-lora --precision int4
@@ -101,7 +103,10 @@ def export(
     model: Model,
     target: Annotated[TargetName, typer.Option(help="The format of the device's engine.")],
     precision: Annotated[Precision, typer.Option(help="Storage of the weights.")] = "int8",
-    scheme: Annotated[Path | None, typer.Option(help="A TOML file instead of --precision.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="A TOML file, or mobile (MedGemma in int4, its image tower in int8)."),
+    ] = None,
     components: Annotated[
         list[str] | None, typer.Option(help="Export only this component; repeat for more.")
     ] = None,
@@ -296,14 +301,14 @@ def _prompts(
     return (*image_prompts(shown, LABELS), *note_prompts()), shown
 
 
-def _scheme(precision: Precision, path: Path | None, target: TargetName) -> Scheme:
-    if path is not None:
-        return load_scheme(path)
+def _scheme(precision: Precision, scheme: str | None, target: TargetName) -> Scheme:
     if precision not in SCHEMES:
         raise EdgeError(f"precision {precision!r} is unknown; the precisions are {', '.join(SCHEMES)}")
     if target not in TARGETS:
         raise EdgeError(f"target {target!r} is unknown; the targets are {', '.join(TARGETS)}")
-    return TARGETS[target].scheme(precision)
+    if scheme is None:
+        return TARGETS[target].scheme(precision)
+    return TARGETS[target].scheme("mobile") if scheme == "mobile" else load_scheme(Path(scheme))
 
 
 def _default_out(model: str, adapter: Path | None, target: TargetName, scheme: Scheme) -> Path:

@@ -10,7 +10,18 @@ from typing import Literal, get_args
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import Precision
 
-__all__ = ["Scheme", "Storage", "SCHEMES", "load_scheme", "FLOAT32", "FLOAT16", "INT8", "INT8_BLOCKS", "INT4"]
+__all__ = [
+    "Scheme",
+    "SchemeName",
+    "Storage",
+    "SCHEMES",
+    "load_scheme",
+    "FLOAT32",
+    "FLOAT16",
+    "INT8",
+    "INT8_BLOCKS",
+    "INT4",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +62,7 @@ INT4 = Storage(bits=4, block=32)
 _PRECISIONS: dict[int, Precision] = {32: "fp32", 16: "fp16", 8: "int8", 4: "int4"}
 
 Activations = Literal["float", "float16", "int8-dynamic"]
+SchemeName = Literal["fp32", "fp16", "int8", "int4", "mobile"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +111,26 @@ class Scheme:
         return _PRECISIONS[self.linear.bits]
 
 
+# MedGemma's image tower and projector: a tenth of the weights, where four bits would save little.
+_VISION = r"(vision_tower|multi_modal_projector)\..*(_proj|fc1|fc2|input_projection)\.weight"
+# Of 64, not 32: kernels keep 8 to 12 bytes with each block, so blocks decide what a decoder takes in memory,
+# and how fast it answers (benchmarks/README.md).
+_INT4_WIDE = Storage(bits=4, block=64)
+
 # Tables are stored in blocks whatever their bits: kernels look rows up in blocks, and a table that is also
 # the output head then serves both with the same bytes.
-SCHEMES: dict[str, Scheme] = {
+SCHEMES: dict[SchemeName, Scheme] = {
     "fp32": Scheme(name="fp32", linear=FLOAT32, table=FLOAT32, activations="float"),
     "fp16": Scheme(name="fp16", linear=FLOAT16, table=FLOAT16, activations="float"),
     "int8": Scheme(name="int8", linear=INT8, table=INT8_BLOCKS, activations="int8-dynamic"),
     "int4": Scheme(name="int4", linear=INT4, table=INT4, activations="int8-dynamic"),
+    "mobile": Scheme(
+        name="mobile",
+        linear=_INT4_WIDE,
+        table=_INT4_WIDE,
+        activations="int8-dynamic",
+        overrides=((_VISION, INT8),),
+    ),
 }
 
 

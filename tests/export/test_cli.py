@@ -54,6 +54,27 @@ def test_a_dry_run_says_what_will_be_and_what_it_takes(call, adapter, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["my-lora"]
 
 
+@pytest.mark.parametrize("target", ["onnx", "executorch", "coreml"])
+def test_the_mobile_scheme_stores_the_image_tower_in_int8_and_all_else_in_wide_blocks(call, target):
+    pytest.importorskip({"onnx": "onnx_ir", "coreml": "coremltools"}.get(target, target))
+    words = ("--target", target, "--model", "sample:medgemma-tiny", "--scheme", "mobile", "--context", "512")
+    code, shown, _ = call(export_main, *words, "--dry-run", "--json")
+    assert code == 0
+    stored = {(row["storage"]["bits"], row["storage"]["block"]) for row in json.loads(shown)["plan"]["rows"]}
+    assert {storage for storage in stored if storage[0] < 16} == {(4, 64), (8, 0)}
+    towers = {
+        row["storage"]["bits"]
+        for row in json.loads(shown)["plan"]["rows"]
+        if row["role"] == "linear" and row["name"].startswith(("vision_tower", "multi_modal_projector"))
+    }
+    assert towers == {8}
+
+
+def test_the_mobile_scheme_is_for_models_with_an_image_tower_and_a_decoder(call):
+    code, _, error = call(export_main, *MEDSIGLIP, "--scheme", "mobile", "--dry-run")
+    assert code == 2 and "scheme mobile: no weight matches" in error
+
+
 def test_a_model_without_prompts_has_no_context_to_show(call):
     code, shown, _ = call(export_main, *MEDSIGLIP, "--dry-run")
     assert code == 0 and "context" not in shown

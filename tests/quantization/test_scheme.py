@@ -64,6 +64,7 @@ def test_names_and_precisions():
         "fp16": "fp16",
         "int8": "int8",
         "int4": "int4",
+        "mobile": "int4",
     }
     with pytest.raises(ValueError, match="block"):
         Storage(bits=32, block=32)

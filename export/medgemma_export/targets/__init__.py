@@ -9,9 +9,9 @@ from medgemma_export.targets.coreml import CoremlTarget
 from medgemma_export.targets.executorch import ExecutorchTarget
 from medgemma_export.targets.onnx import OnnxTarget
 from medgemma_quantization.plan import PackedWeight, QuantPlan
-from medgemma_quantization.scheme import Scheme
+from medgemma_quantization.scheme import Scheme, SchemeName
 from medgemma_quantization.weights import QuantizedWeights
-from medgemma_runtime.manifest import ComponentEntry, Precision, TargetName
+from medgemma_runtime.manifest import ComponentEntry, TargetName
 
 if TYPE_CHECKING:
     from medgemma_export.torch_ops import IntegerLinear
@@ -22,8 +22,8 @@ __all__ = ["Target", "TARGETS"]
 class Target(Protocol):
     """A deployment format."""
 
-    def scheme(self, precision: Precision) -> Scheme:
-        """What `--precision` means for this format: its engines differ in what they do to activations."""
+    def scheme(self, name: SchemeName) -> Scheme:
+        """A built-in scheme as this format has it: engines differ in what they do to activations."""
         ...
 
     def check(self, model: ModelSpec, plan: QuantPlan) -> None:

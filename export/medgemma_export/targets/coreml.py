@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from medgemma_export.models.spec import Component, ModelSpec
 from medgemma_quantization.plan import PackedWeight, QuantPlan
-from medgemma_quantization.scheme import FLOAT16, FLOAT32, SCHEMES, Activations, Scheme
+from medgemma_quantization.scheme import FLOAT16, FLOAT32, SCHEMES, Activations, Scheme, SchemeName
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.errors import EdgeError
-from medgemma_runtime.manifest import ComponentEntry, Precision
+from medgemma_runtime.manifest import ComponentEntry
 
 if TYPE_CHECKING:
     from medgemma_export.torch_ops import IntegerLinear
@@ -41,10 +41,10 @@ _MAX_STATE_BYTES = 1 << 30
 class CoremlTarget:
     """See `Target`."""
 
-    def scheme(self, precision: Precision) -> Scheme:
+    def scheme(self, name: SchemeName) -> Scheme:
         """See `Target`. Core ML rounds weights only; what is not fp32 computes in float16."""
-        activations: Activations = "float" if precision == "fp32" else "float16"
-        return replace(SCHEMES[precision], activations=activations)
+        activations: Activations = "float" if name == "fp32" else "float16"
+        return replace(SCHEMES[name], activations=activations)
 
     def check(self, model: ModelSpec, plan: QuantPlan) -> None:
         """See `Target`."""

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medgemma_export.models.spec import Component, ModelSpec
 from medgemma_quantization.plan import PackedWeight, QuantPlan
-from medgemma_quantization.scheme import INT8, SCHEMES, Scheme
+from medgemma_quantization.scheme import INT8, SCHEMES, Scheme, SchemeName
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.backends.executorch import METHODS
 from medgemma_runtime.errors import EdgeError
-from medgemma_runtime.manifest import ComponentEntry, Precision, PromptSpec, TensorSpec
+from medgemma_runtime.manifest import ComponentEntry, PromptSpec, TensorSpec
 
 if TYPE_CHECKING:
     from medgemma_export.torch_ops import IntegerLinear
@@ -56,10 +56,10 @@ class ExecutorchTarget:
 
     delegate: Delegate = "xnnpack"
 
-    def scheme(self, precision: Precision) -> Scheme:
+    def scheme(self, name: SchemeName) -> Scheme:
         """See `Target`. XNNPACK has blocks of int4 only, so int8 tables are stored per channel."""
-        scheme = SCHEMES[precision]
-        return replace(scheme, table=INT8) if precision == "int8" else scheme
+        scheme = SCHEMES[name]
+        return replace(scheme, table=INT8) if name == "int8" else scheme
 
     def check(self, model: ModelSpec, plan: QuantPlan) -> None:
         """See `Target`."""

@@ -26,10 +26,10 @@ from medgemma_export.targets.onnx_genai import write_genai_files
 from medgemma_export.targets.onnx_js import write_js_files
 from medgemma_export.targets.onnx_ops import DOMAIN, OnnxOps
 from medgemma_quantization.plan import PackedWeight, QuantPlan
-from medgemma_quantization.scheme import SCHEMES, Scheme
+from medgemma_quantization.scheme import SCHEMES, Scheme, SchemeName
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.errors import EdgeError
-from medgemma_runtime.manifest import ComponentEntry, Precision, TensorSpec
+from medgemma_runtime.manifest import ComponentEntry, TensorSpec
 
 if TYPE_CHECKING:
     from medgemma_export.torch_ops import IntegerLinear
@@ -46,9 +46,9 @@ _FILE_ENDING = {32: "", 16: "_fp16", 8: "_int8", 4: "_q4"}
 class OnnxTarget:
     """See `Target`."""
 
-    def scheme(self, precision: Precision) -> Scheme:
+    def scheme(self, name: SchemeName) -> Scheme:
         """See `Target`."""
-        return SCHEMES[precision]
+        return SCHEMES[name]
 
     def check(self, model: ModelSpec, plan: QuantPlan) -> None:
         """See `Target`."""

@@ -219,15 +219,14 @@ def _pad_to_blocks(specs: list[WeightSpec], rows: dict[str, PlanRow]) -> dict[st
     SigLIP's MLP width 4304 is no multiple of 32; XNNPACK refuses smaller blocks. Rows of zeros in the first
     matrix meet columns of zeros in the second, so the output is unchanged.
     """
-    blocks = [
-        rows[spec.name].storage.block
-        for spec in specs
-        if len(spec.shape) - 1 in spec.padded_axes and rows[spec.name].storage.block
-    ]
-    multiple = math.lcm(*blocks) if blocks else 1
+    multiples: dict[str, int] = {}
+    for spec in specs:
+        block = rows[spec.name].storage.block
+        if block and len(spec.shape) - 1 in spec.padded_axes:
+            multiples[_owner(spec)] = math.lcm(block, multiples.get(_owner(spec), 1))
     padded: dict[str, PlanRow] = {}
     for spec in specs:
-        row = rows[spec.name]
+        row, multiple = rows[spec.name], multiples.get(_owner(spec), 1)
         shape = tuple(
             -(-size // multiple) * multiple if axis in spec.padded_axes else size
             for axis, size in enumerate(spec.shape)
@@ -242,6 +241,11 @@ def _pad_to_blocks(specs: list[WeightSpec], rows: dict[str, PlanRow]) -> dict[st
             reason += f"; hidden axis padded with zeros to a multiple of {multiple}"
         padded[spec.name] = replace(row, stored_shape=shape, reason=reason)
     return padded
+
+
+def _owner(spec: WeightSpec) -> str:
+    """The module, such as an MLP, whose matrices share the hidden axis: `NAME` of `NAME.fc1.weight`."""
+    return spec.name.rpartition(".")[0].rpartition(".")[0]
 
 
 def read_plan(path: Path) -> QuantPlan:

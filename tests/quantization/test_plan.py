@@ -31,6 +31,20 @@ def test_nothing_is_padded_where_no_block_asks_for_it(scheme):
     assert all(row.stored_shape == row.shape for row in make_plan(SCHEMES[scheme], SPECS).rows)
 
 
+def test_an_mlp_is_padded_for_its_own_blocks_and_not_for_another_ones():
+    layers = [
+        replace(spec, name=f"layers.{layer}.mlp.{spec.name}")
+        for layer in (0, 1)
+        for spec in SPECS
+        if spec.name.startswith("fc")
+    ]
+    scheme = replace(SCHEMES["int4"], overrides=((r"layers\.0\..*weight", INT8),))
+    rows = make_plan(scheme, layers).by_name
+    assert all(row.stored_shape == row.shape for name, row in rows.items() if name.startswith("layers.0."))
+    assert rows["layers.1.mlp.fc1.weight"].stored_shape == (4320, 64)
+    assert rows["layers.1.mlp.fc2.weight"].stored_shape == (64, 4320)
+
+
 def test_bits_per_weight_counts_scales_and_padding():
     plan = make_plan(SCHEMES["int4"], SPECS)
     matrices = 2 * 4320 * 64 + 1000 * 64

@@ -3,7 +3,16 @@
 import sys
 from importlib.util import find_spec
 
-FORBIDDEN = ("torch", "transformers", "onnx", "onnx_ir", "safetensors", "pydicom", "matplotlib")
+FORBIDDEN = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "safetensors",
+    "pydicom",
+    "matplotlib",
+    "coremltools",
+)
 
 found = [name for name in FORBIDDEN if find_spec(name) is not None]
 if found:

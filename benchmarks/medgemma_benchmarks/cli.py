@@ -25,6 +25,7 @@ from medgemma_benchmarks.prediction_parity import check_predictions
 from medgemma_benchmarks.results import Result, read_result, to_json
 from medgemma_benchmarks.timing import Repetition
 from medgemma_runtime.artifact import open_artifact
+from medgemma_runtime.backends.mil import Mode
 from medgemma_runtime.command import CHECK_FAILED, printable, progress_bar, run_app
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.files import check_destination, replacing
@@ -41,6 +42,8 @@ Examples:
   medgemma-parity medsiglip-int8 --reference medsiglip-float --reference int8-packing --out parity.json
 
   medgemma-parity medgemma-int4 --reference medgemma-float --out parity.json
+
+  medgemma-parity medgemma-coreml-int4 --reference medgemma-float --arithmetic fp16
 """
 _BENCH_EXAMPLES = """
 Examples:
@@ -113,6 +116,12 @@ def parity(
         ),
     ] = False,
     threads: _Threads = None,
+    arithmetic: Annotated[
+        Mode | None,
+        typer.Option(
+            help="How much of a Core ML program's float16 the evaluator honours; fp32, nothing, if unset."
+        ),
+    ] = None,
     out: _Out = None,
     as_json: _AsJson = False,
 ) -> None:
@@ -132,6 +141,7 @@ def parity(
                     bundle,
                     gates=limits,
                     threads=threads,
+                    arithmetic=arithmetic,
                     show_images=show_images,
                     progress=progress,
                 )
@@ -298,6 +308,7 @@ def _print_parity(report: ParityReport) -> None:
         title=printable(
             f"{report.artifact.name} ({report.artifact.precision}) against the {reference.kind} reference, "
             f"{reference.dtype} on {reference.device_name}"
+            + (f", arithmetic {report.arithmetic}" if report.arithmetic else "")
         ),
         title_justify="left",
     )

@@ -40,6 +40,7 @@ from medgemma_benchmarks.parity_report import (
 )
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends import open_session
+from medgemma_runtime.backends.mil import Mode
 from medgemma_runtime.backends.ort import OrtSession
 from medgemma_runtime.command import Progress
 from medgemma_runtime.embed import Embedder, NoDirectionError, logits, unit_length
@@ -59,6 +60,7 @@ def check_parity(
     *,
     gates: Gates | None = None,
     threads: int | None = None,
+    arithmetic: Mode | None = None,
     show_images: bool = False,
     progress: Progress | None = None,
 ) -> ParityReport:
@@ -69,6 +71,7 @@ def check_parity(
         bundle: A reference of the same checkpoint; of the same plan, where its kind is `packing`.
         gates: The thresholds; None for those this package ships.
         threads: Threads for one operator; None leaves the choice to the engine.
+        arithmetic: How much of a Core ML program's fp16 is honoured; None for nothing, and for other targets.
         show_images: Name and show every image. Otherwise only samples are: an image given by the user may be
             of a patient, and so may its file name, so the report counts it and shows nothing of it.
         progress: Called before every step.
@@ -102,20 +105,20 @@ def check_parity(
     parities: dict[str, ComponentParity] = {}
     rounded: dict[str, ComponentParity] = {}
     for name in components:
-        outputs[name] = _run_recorded(artifact, name, bundle, threads, steps)
+        outputs[name] = _run_recorded(artifact, name, bundle, threads, arithmetic, steps)
         actual = outputs[name]
         if question == "packing":
             rounded[name] = compare_component(
                 actual=actual, reference=bundle.arrays[f"{name}.rounded_output"]
             )
-            actual = _run_recorded(artifact, name, bundle, threads, steps, is_exact=True)
+            actual = _run_recorded(artifact, name, bundle, threads, None, steps, is_exact=True)
         parities[name] = compare_component(actual=actual, reference=bundle.arrays[f"{name}.{_OUTPUT}"])
         judge.component(name, parities[name], rounded.get(name))
 
     zero_shot = images = None
     if asks_labels and manifest.similarity is not None:
         on_recorded = {name: _Embeddings.of(name, outputs[name]) for name in components}
-        alone = _run_end_to_end(artifact, bundle, threads, steps)
+        alone = _run_end_to_end(artifact, bundle, threads, arithmetic, steps)
         zero_shot = {
             where: _compare_labels(found, bundle, manifest.similarity, judge.gates.tie_margin_logits)
             for where, found in (("zero-shot", on_recorded), ("end-to-end", alone))
@@ -128,6 +131,7 @@ def check_parity(
         artifact=describe_artifact(artifact),
         reference=describe_reference(bundle),
         device=describe_device(threads=threads),
+        arithmetic=arithmetic,
         question=question,
         tie_margin_logits=judge.gates.tie_margin_logits,
         verdict=worst(tuple(check.verdict for check in judge.checks)),
@@ -193,6 +197,7 @@ def _run_recorded(
     name: str,
     bundle: ReferenceBundle,
     threads: int | None,
+    arithmetic: Mode | None,
     steps: _Steps,
     *,
     is_exact: bool = False,
@@ -203,7 +208,7 @@ def _run_recorded(
     session = (
         OrtSession(artifact, name, threads=threads, exact_program=bundle.program(name))
         if is_exact
-        else open_session(artifact, name, threads=threads)
+        else open_session(artifact, name, threads=threads, arithmetic=arithmetic)
     )
     try:
         for row in bundle.arrays[f"{name}.{_INPUT[name]}"]:
@@ -248,12 +253,16 @@ class _Embeddings:
 
 
 def _run_end_to_end(
-    artifact: Artifact, bundle: ReferenceBundle, threads: int | None, steps: _Steps
+    artifact: Artifact,
+    bundle: ReferenceBundle,
+    threads: int | None,
+    arithmetic: Mode | None,
+    steps: _Steps,
 ) -> dict[str, _Embeddings]:
     """Embeddings by component of the runtime alone, from images and captions."""
     record = bundle.record
     found = {name: _Embeddings(bundle.arrays[f"{name}.{_OUTPUT}"].shape[1]) for name in _INPUT}
-    with Embedder(artifact, threads=threads) as embedder:
+    with Embedder(artifact, threads=threads, arithmetic=arithmetic) as embedder:
         for entry in record.images:
             steps.take("images end to end")
             found["image"].add(partial(embedder.embed_images, [bundle.rgb(entry)]))

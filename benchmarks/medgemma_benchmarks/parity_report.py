@@ -11,6 +11,7 @@ from medgemma_benchmarks.device import DeviceDescription
 from medgemma_benchmarks.gates import Question, Verdict
 from medgemma_benchmarks.identity import ArtifactDescription
 from medgemma_benchmarks.metrics import Choice
+from medgemma_runtime.backends.mil import Mode
 
 __all__ = [
     "ParityReport",
@@ -234,6 +235,7 @@ class ParityReport:
         labels: Names, in the order of the columns.
         captions: What the text tower read for each.
         images: One row an image; None when `zero_shot` is.
+        arithmetic: How much of a Core ML program's fp16 was honoured; None for nothing.
         predictions: Of a model that answers, by `decoder` (every token by itself, through the caches) and
             `prefill` (each prompt read at once, and what follows it).
         prompts: Of a model that answers, one row a prompt.
@@ -255,6 +257,7 @@ class ParityReport:
     labels: tuple[str, ...]
     captions: tuple[str, ...]
     images: tuple[ImageParity, ...] | None
+    arithmetic: Mode | None = None
     predictions: dict[str, PredictionParity] = field(default_factory=dict)
     prompts: tuple[PromptParity, ...] = ()
 

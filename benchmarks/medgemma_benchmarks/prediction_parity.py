@@ -41,8 +41,10 @@ from medgemma_benchmarks.teacher_forced import (
 )
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends import open_session
+from medgemma_runtime.backends.mil import Mode
 from medgemma_runtime.command import Progress
-from medgemma_runtime.decoder import Decoder, NotFiniteError
+from medgemma_runtime.decoder import Decoder
+from medgemma_runtime.errors import NotFiniteError
 from medgemma_runtime.manifest import PromptSpec
 from medgemma_runtime.prompt import Image, Message, Text, image_blocks, load_prompt_tokenizer
 
@@ -89,6 +91,7 @@ def check_predictions(
     *,
     gates: Gates | None = None,
     threads: int | None = None,
+    arithmetic: Mode | None = None,
     show_images: bool = False,
     progress: Progress | None = None,
 ) -> ParityReport:
@@ -99,6 +102,7 @@ def check_predictions(
         bundle: A generative reference of the same checkpoint.
         gates: The thresholds; None for those this package ships.
         threads: Threads for one operator; None leaves the choice to the engine.
+        arithmetic: How much of a Core ML program's fp16 is honoured; None for nothing, and for other targets.
         show_images: Name every image and prompt. Otherwise only samples are named.
         progress: Called before every step.
 
@@ -118,12 +122,19 @@ def check_predictions(
     components: dict[str, ComponentParity] = {}
     if record.images:
         check_pixels(manifest, bundle, "vision", judge, show_images=show_images, step=steps.take)
-        components["vision"] = _run_vision(artifact, bundle, threads, steps)
+        components["vision"] = _run_vision(artifact, bundle, threads, arithmetic, steps)
     _check_tokens(artifact, manifest.prompt, bundle, judge, show_all=show_images)
     for name, parity in components.items():
         judge.component(name, parity, None)
     predictions, prompts = _run_decoder(
-        artifact, manifest.prompt, bundle, threads, steps, judge.gates.tie_margin_logits, show_all=show_images
+        artifact,
+        manifest.prompt,
+        bundle,
+        threads,
+        arithmetic,
+        steps,
+        judge.gates.tie_margin_logits,
+        show_all=show_images,
     )
     for name, found in predictions.items():
         judge.predictions(name, found)
@@ -131,6 +142,7 @@ def check_predictions(
         artifact=describe_artifact(artifact),
         reference=describe_reference(bundle),
         device=describe_device(threads=threads),
+        arithmetic=arithmetic,
         question=question,
         tie_margin_logits=judge.gates.tie_margin_logits,
         verdict=worst(tuple(check.verdict for check in judge.checks)),
@@ -161,11 +173,15 @@ class _Steps:
 
 
 def _run_vision(
-    artifact: Artifact, bundle: ReferenceBundle, threads: int | None, steps: _Steps
+    artifact: Artifact,
+    bundle: ReferenceBundle,
+    threads: int | None,
+    arithmetic: Mode | None,
+    steps: _Steps,
 ) -> ComponentParity:
     """Features of the reference's own pixels, one image at a time as the reference was."""
     rows = []
-    with closing(open_session(artifact, "vision", threads=threads)) as session:
+    with closing(open_session(artifact, "vision", threads=threads, arithmetic=arithmetic)) as session:
         for pixels in bundle.arrays["vision.pixel_values"]:
             steps.take("running vision")
             rows.append(session.run({"pixel_values": pixels[None]})["image_features"])
@@ -198,6 +214,7 @@ def _run_decoder(
     spec: PromptSpec,
     bundle: ReferenceBundle,
     threads: int | None,
+    arithmetic: Mode | None,
     steps: _Steps,
     tie_margin: float,
     *,
@@ -209,8 +226,8 @@ def _run_decoder(
     at_once: list[Prediction] = []
     rows: list[PromptParity] = []
     with (
-        closing(open_session(artifact, "embed", threads=threads)) as embed,
-        closing(open_session(artifact, "decoder", threads=threads)) as session,
+        closing(open_session(artifact, "embed", threads=threads, arithmetic=arithmetic)) as embed,
+        closing(open_session(artifact, "decoder", threads=threads, arithmetic=arithmetic)) as session,
     ):
         decoder = Decoder(embed, session, spec)
         for number, recorded in enumerate(recorded_prompts(bundle), start=1):

@@ -6,16 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.errors import EdgeError, NotFiniteError
 from medgemma_runtime.kv_cache import STEP, KVCache
 from medgemma_runtime.manifest import PromptSpec
 from medgemma_runtime.session import Session
 
-__all__ = ["Decoder", "NotFiniteError"]
-
-
-class NotFiniteError(EdgeError):
-    """A decoder whose logits are NaN or infinite."""
+__all__ = ["Decoder"]
 
 
 class Decoder:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends import open_session
+from medgemma_runtime.backends.mil import Mode
 from medgemma_runtime.errors import ArtifactError, EdgeError, TextError
 from medgemma_runtime.images import preprocess
 from medgemma_runtime.manifest import Similarity
@@ -37,11 +38,14 @@ class Embedder:
     Args:
         artifact: An opened artifact with the components `image` and `text`.
         threads: Threads for one operator; None leaves the choice to the engine.
+        arithmetic: How much of a Core ML program's fp16 is honoured; None for nothing, and for other targets.
     """
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+    def __init__(
+        self, artifact: Artifact, *, threads: int | None = None, arithmetic: Mode | None = None
+    ) -> None:
         self.artifact = artifact
-        self._threads = threads
+        self._threads, self._arithmetic = threads, arithmetic
         self._sessions: dict[str, Session] = {}
         self._tokenize: Tokenize | None = None
 
@@ -212,7 +216,9 @@ class Embedder:
             )
         width = self._width(component)
         if component not in self._sessions:
-            self._sessions[component] = open_session(self.artifact, component, threads=self._threads)
+            self._sessions[component] = open_session(
+                self.artifact, component, threads=self._threads, arithmetic=self._arithmetic
+            )
         session = self._sessions[component]
         rows = np.empty((count, width), dtype=np.float32)
         for start in range(0, count, batch_size):

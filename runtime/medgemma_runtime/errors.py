@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ImageError",
     "TextError",
+    "NotFiniteError",
     "missing_package",
 ]
 
@@ -32,6 +33,10 @@ class ImageError(EdgeError):
 
 class TextError(EdgeError):
     """A text or tokenizer that cannot become model input."""
+
+
+class NotFiniteError(EdgeError):
+    """A computation that left the range of its numbers: what follows is NaN or infinite, and no answer."""
 
 
 def missing_package(package: str, *, extra: str, purpose: str) -> EdgeError:

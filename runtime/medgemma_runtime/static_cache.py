@@ -173,7 +173,8 @@ class StaticCache:
         tokens = 1 if count == 1 else self.sizes.chunk
         positions = np.arange(self.length, self.length + count)
         padded = np.zeros((1, tokens, embeddings.shape[1]), self._dtype)
-        padded[0, :count] = embeddings
+        with np.errstate(over="ignore"):  # the program says what is too large for it
+            padded[0, :count] = embeddings
         inputs: dict[str, NDArray[Any]] = {"inputs_embeds": padded}
         if tokens > 1:
             inputs["last"] = np.array([count - 1], np.int32)

@@ -21,8 +21,8 @@ from medgemma_export.recipe import Recipe
 from medgemma_quantization.scheme import SCHEMES
 from medgemma_runtime.artifact import open_artifact
 from medgemma_runtime.backends import open_session
-from medgemma_runtime.decoder import Decoder, NotFiniteError
-from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.decoder import Decoder
+from medgemma_runtime.errors import EdgeError, NotFiniteError
 from medgemma_runtime.prompt import PromptTokenizer
 from tests import tiny_prompts
 
@@ -137,8 +137,8 @@ class BlindSession:
 
 
 def test_a_dropped_image_mask_fails_where_there_are_images(work, bundle, monkeypatch):
-    def open_blind(artifact, component, *, threads):
-        return BlindSession(open_session(artifact, component, threads=threads))
+    def open_blind(artifact, component, **options):
+        return BlindSession(open_session(artifact, component, **options))
 
     monkeypatch.setattr(prediction_parity, "open_session", open_blind)
     report = check(work, bundle)

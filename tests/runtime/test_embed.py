@@ -116,7 +116,7 @@ def test_each_encoder_is_loaded_when_needed_and_once(
     monkeypatch.setattr(
         embed,
         "open_session",
-        lambda artifact, name, *, threads: opened.append(name) or real(artifact, name, threads=1),
+        lambda artifact, name, **options: opened.append(name) or real(artifact, name, threads=1),
     )
     embedder.embed_texts(["red"])
     embedder.embed_texts(["blue"])

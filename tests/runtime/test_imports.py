@@ -10,7 +10,16 @@ import pytest
 
 import medgemma_runtime
 
-FORBIDDEN = ("torch", "transformers", "onnx", "onnx_ir", "pydicom", "matplotlib", "sentencepiece")
+FORBIDDEN = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "pydicom",
+    "matplotlib",
+    "coremltools",
+    "sentencepiece",
+)
 
 
 def modules() -> list[str]:
@@ -54,6 +63,6 @@ def test_the_manifest_needs_no_images_and_no_tokenizer() -> None:
 def test_the_check_would_see_a_forbidden_package(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    if package in ("torch", "transformers"):
+    if package in ("torch", "transformers", "coremltools"):
         pytest.skip("takes seconds to import; onnx and pydicom show the same")
     assert package in loaded_by(package)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from medgemma_runtime.backends.mil import OPERATORS, MilProgram, NotFiniteError
+from medgemma_runtime.backends.mil import OPERATORS, MilProgram, NotFiniteTensorError
 from medgemma_runtime.backends.mil.arguments import Arguments
 from medgemma_runtime.backends.mil.arithmetic import arithmetic_of, to_fp16
 from medgemma_runtime.backends.mil.operators import COMPUTES, MOVES
@@ -579,14 +579,14 @@ def test_what_leaves_the_range_of_fp16_is_named(tmp_path: Path) -> None:
     np.testing.assert_allclose(y["y"], x * 40000 / 4096)
     assert peaks["layer_1_residual"] == 120000
     with pytest.raises(
-        NotFiniteError, match=r"tensor 'layer_1_residual' \(mul, fp16\).*reaches 120,000"
+        NotFiniteTensorError, match=r"tensor 'layer_1_residual' \(mul, fp16\).*reaches 120,000"
     ) as error:
         program.run("main", {"x": x}, mode="fp16")
     assert (error.value.tensor, error.value.operator, error.value.peak) == ("layer_1_residual", "mul", 120000)
     program.run("main", {"x": x / 2}, mode="fp16")
-    with pytest.raises(NotFiniteError, match=r"tensor 'x' \(input, fp16\).*reaches 65,520"):
+    with pytest.raises(NotFiniteTensorError, match=r"tensor 'x' \(input, fp16\).*reaches 65,520"):
         program.run("main", {"x": np.full(3, 65520, np.float32)}, mode="fp16")
-    with pytest.raises(NotFiniteError, match=r"tensor 'x' \(input.*reaches nan.*in mode fp32"):
+    with pytest.raises(NotFiniteTensorError, match=r"tensor 'x' \(input.*reaches nan.*in mode fp32"):
         program.run("main", {"x": np.full(3, np.nan, np.float32)})
 
 
@@ -601,7 +601,7 @@ def test_the_sum_of_squares_overflows_and_the_norm_does_not(tmp_path: Path) -> N
         return {"y": mb.layer_norm(x=v["x"], axes=[-1], epsilon=np.float16(1e-5))}
 
     inputs = {"x": (x.shape, "fp16")}
-    with pytest.raises(NotFiniteError, match=r"'squares' \(square, fp16\).*reaches 90,000"):
+    with pytest.raises(NotFiniteTensorError, match=r"'squares' \(square, fp16\).*reaches 90,000"):
         MilProgram.open(write_program(tmp_path / "a.mlpackage", inputs, naive)).run(
             "main", {"x": x}, mode="fp16"
         )

@@ -8,7 +8,7 @@ import pytest
 
 from medgemma_runtime.artifact import Artifact, open_artifact
 from medgemma_runtime.backends import open_session
-from medgemma_runtime.backends.mil import NotFiniteError
+from medgemma_runtime.backends.mil import NotFiniteTensorError
 from medgemma_runtime.backends.mil_session import MilSession
 from medgemma_runtime.errors import ArtifactError, EdgeError
 from medgemma_runtime.images import normalize
@@ -82,7 +82,7 @@ def test_is_the_engine_of_the_target(artifact: Artifact) -> None:
 def test_names_what_leaves_the_range_of_fp16(artifact: Artifact) -> None:
     x = np.full((1, WIDTH), 40000, np.float32)
     MilSession(artifact, "decoder").run(step(x, 0))
-    with pytest.raises(NotFiniteError, match="add, fp16"):
+    with pytest.raises(NotFiniteTensorError, match="add, fp16"):
         MilSession(artifact, "decoder", mode="fp16").run(step(x, 0))
 
 

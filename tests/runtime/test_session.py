@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +73,6 @@ def test_refuses_an_unknown_component(artifact: Artifact) -> None:
         open_session(artifact, "decoder")
 
 
-@pytest.mark.parametrize("target", ["openvino"])
-def test_refuses_a_target_without_engine(artifact: Artifact, target: str) -> None:
-    manifest = dataclasses.replace(artifact.manifest, target=target)  # type: ignore[arg-type]
-    other = dataclasses.replace(artifact, manifest=manifest)
-    with pytest.raises(EdgeError, match=f"target '{target}' has no engine"):
-        open_session(other, "text")
+def test_only_the_evaluator_of_core_ml_chooses_an_arithmetic(artifact: Artifact) -> None:
+    with pytest.raises(EdgeError, match=r"arithmetic 'fp16' is of Core ML programs.*target 'onnx'"):
+        open_session(artifact, "text", arithmetic="fp16")

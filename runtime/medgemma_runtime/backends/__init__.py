@@ -1,42 +1,57 @@
 """The engines that run artifacts, one file for each, imported when an artifact needs it."""
 
+from pathlib import PurePosixPath
+
 from medgemma_runtime.artifact import Artifact
+from medgemma_runtime.backends.mil.arithmetic import Mode
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.session import Session
 
 __all__ = ["open_session"]
 
 
-def open_session(artifact: Artifact, component: str, *, threads: int | None = None) -> Session:
+def open_session(
+    artifact: Artifact, component: str, *, threads: int | None = None, arithmetic: Mode | None = None
+) -> Session:
     """Load one component with the engine of the artifact's target.
 
     Args:
         artifact: An opened artifact.
         component: A name from its manifest, such as `image`.
         threads: Threads for one operator; None leaves the choice to the engine.
+        arithmetic: How much of a Core ML program's fp16 is honoured, where it is evaluated; None for nothing.
 
     Raises:
         ArtifactError: If there is no such component, or its program cannot be loaded.
-        EdgeError: If this machine has no engine for the target.
+        EdgeError: If the target's engine has no such choice, or is not installed.
     """
+    if artifact.manifest.target == "coreml":
+        return _open_coreml(artifact, component, threads, arithmetic or "fp32")
+    if arithmetic is not None:
+        raise EdgeError(
+            f"arithmetic {arithmetic!r} is of Core ML programs, which are evaluated here, and the target "
+            f"{artifact.manifest.target!r} runs in an engine of its own; leave it out"
+        )
     if artifact.manifest.target == "onnx":
         from medgemma_runtime.backends.ort import OrtSession
 
         return OrtSession(artifact, component, threads=threads)
-    if artifact.manifest.target == "coreml":
-        from medgemma_runtime.backends.mil_session import MilSession
+    from medgemma_runtime.backends.executorch import ExecutorchSession
 
-        if threads is not None:
-            raise EdgeError(
-                "the evaluator of Core ML programs takes as many threads as NumPy does; leave threads out "
-                "and set OPENBLAS_NUM_THREADS instead"
-            )
-        return MilSession(artifact, component)
-    if artifact.manifest.target == "executorch":
-        from medgemma_runtime.backends.executorch import ExecutorchSession
+    return ExecutorchSession(artifact, component, threads=threads)
 
-        return ExecutorchSession(artifact, component, threads=threads)
-    raise EdgeError(
-        f"target {artifact.manifest.target!r} has no engine in this version of the runtime; "
-        "export the model with --target onnx"
-    )
+
+def _open_coreml(artifact: Artifact, component: str, threads: int | None, arithmetic: Mode) -> Session:
+    from medgemma_runtime.backends.embedding_rows import EmbeddingRows
+    from medgemma_runtime.backends.mil_session import MilSession
+    from medgemma_runtime.backends.static_decoder import SIZES, StaticDecoderSession
+
+    if threads is not None:
+        raise EdgeError(
+            "the evaluator of Core ML programs takes as many threads as NumPy does; leave threads out "
+            "and set OPENBLAS_NUM_THREADS instead"
+        )
+    if PurePosixPath(artifact.component(component).program).suffix == ".json":
+        return EmbeddingRows(artifact, component)
+    session = MilSession(artifact, component, mode=arithmetic)
+    return StaticDecoderSession(session) if SIZES in session.program.metadata else session

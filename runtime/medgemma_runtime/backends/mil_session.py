@@ -71,8 +71,7 @@ class MilSession:
                 or the session is closed.
             NotFiniteError: If a tensor leaves its format.
         """
-        if not self._is_open:
-            raise EdgeError(f"component {self._component!r} is closed; open it again to run it")
+        self._check_open()
         check_inputs(self.entry, inputs)
         function = self._function_for(inputs)
         given = {name: self._converted(function, name, array) for name, array in inputs.items()}
@@ -93,7 +92,12 @@ class MilSession:
             np.copyto(outputs[name], array)
 
     def reset(self) -> None:
-        """Forget what the functions keep between calls: a new conversation."""
+        """Forget what the functions keep between calls: a new conversation.
+
+        Raises:
+            EdgeError: If the session is closed.
+        """
+        self._check_open()
         self._state = self.program.new_state()
 
     def close(self) -> None:
@@ -102,6 +106,10 @@ class MilSession:
             self._is_open = False
             self._state = {}
             del self.program
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise EdgeError(f"component {self._component!r} is closed; open it again to run it")
 
     def _check_signature(self, function: Function) -> None:
         """Hold a function against the manifest: names, and the inputs it may leave out."""

@@ -55,6 +55,11 @@ class Stored:
         """See `Constant`."""
         return self.value.type
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is in a weight file; whatever else is constant is a parameter of an operator."""
+        return isinstance(self.value.content, BlobReference)
+
     def raw(self, files: WeightFiles) -> NDArray[Any]:
         """Its elements, in the type they are stored in; packed integers one to a byte."""
         content = self.value.content
@@ -85,6 +90,7 @@ class Decompressed:
     type: TensorType
     inputs: Mapping[str, Constant]
     key: Hashable = field(init=False, compare=False)
+    is_weight: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(

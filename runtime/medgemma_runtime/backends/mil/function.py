@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 from medgemma_runtime.backends.mil.constants import DECOMPRESSIONS, Constant, Decompressed, Stored
 from medgemma_runtime.backends.mil.operators import COMPUTES, MOVES
@@ -19,7 +20,7 @@ from medgemma_runtime.errors import ArtifactError, EdgeError
 
 __all__ = ["Function", "Step", "prepare", "OPERATORS"]
 
-READ_STATE, WRITE_STATE = "read_state", "write_state"
+READ_STATE, WRITE_STATE, SLICE_UPDATE = "read_state", "write_state", "slice_update"
 
 OPERATORS = frozenset({"const", READ_STATE, WRITE_STATE, *DECOMPRESSIONS, *MOVES, *COMPUTES})
 """Every operator that this evaluates."""
@@ -35,11 +36,13 @@ class Step:
         operation: What it is, and the types of its results.
         bindings: By parameter, the names or constants it is given.
         last_uses: The tensors that nothing needs after it.
+        is_in_place: Whether it replaces elements of a state, and nothing needs the state as it was.
     """
 
     operation: Operation
     bindings: Mapping[str, tuple[str | Constant, ...]]
     last_uses: tuple[str, ...]
+    is_in_place: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,26 @@ class Function:
     operators: Counter[str]
     constants: Mapping[str, Constant]
     steps: tuple[Step, ...]
+
+    def nearest_weight(self, tensor: str) -> str | None:
+        """The weight that was used last on the way to a tensor: its name tells the layer.
+
+        Returns:
+            The constant's name; None where only inputs lead to the tensor.
+        """
+        producers = {output.name: step for step in self.steps for output in step.operation.outputs}
+        queue, seen = [tensor], {tensor}
+        for name in queue:
+            if name not in producers:
+                continue
+            items = [item for items in producers[name].bindings.values() for item in items]
+            weights = [item for item in items if isinstance(item, Stored | Decompressed) and item.is_weight]
+            if weights:
+                return max(weights, key=lambda item: prod(size or 0 for size in item.type.shape)).name
+            new = [item for item in items if isinstance(item, str) and item not in seen]
+            seen.update(new)
+            queue += new  # breadth first: the list grows while it is read
+        return None
 
 
 def prepare(
@@ -127,7 +150,7 @@ def prepare(
         outputs={name: known[name] for name in spec.outputs},
         operators=operators,
         constants=constants,
-        steps=tuple(_steps(running, keep=set(spec.outputs))),
+        steps=tuple(_in_place(list(_steps(running, keep=set(spec.outputs))))),
     )
 
 
@@ -218,6 +241,35 @@ def _steps(
         steps.append(Step(operation=operation, bindings=bound, last_uses=tuple(sorted(names - seen))))
         seen |= names
     return reversed(steps)
+
+
+def _in_place(steps: list[Step]) -> Iterator[Step]:
+    """Mark the updates that change a state where it lies, as those of caches can.
+
+    Such an update is written to its state at once, and nothing that may share the state's memory is needed
+    after it: not the state as it was read, and no view of it.
+    """
+    ends = {name: place for place, step in enumerate(steps) for name in step.last_uses}
+    shares: dict[str, str] = {}  # tensor: the state whose memory it may be in
+    for place, step in enumerate(steps):
+        operation = step.operation
+        names = [item for items in step.bindings.values() for item in items if isinstance(item, str)]
+        if operation.type == READ_STATE:
+            shares[operation.name] = names[0]
+        if operation.type == SLICE_UPDATE and place + 1 < len(steps):
+            [x] = step.bindings["x"]
+            state, following = shares.get(str(x)), steps[place + 1]
+            written = {"input": (state,), "data": (operation.name,)}
+            is_shared = any(
+                ends.get(name, len(steps)) > place for name, origin in shares.items() if origin == state
+            )
+            if following.operation.type == WRITE_STATE and following.bindings == written and not is_shared:
+                step = replace(step, is_in_place=True)
+        if operation.type in MOVES or operation.type == "cast":  # they may give a view
+            for name in names:
+                if name in shares:
+                    shares |= {output.name: shares[name] for output in operation.outputs}
+        yield step
 
 
 def _check_description(

@@ -17,9 +17,11 @@ from medgemma_runtime.backends.mil.arguments import Arguments
 from medgemma_runtime.backends.mil.arithmetic import Arithmetic
 from medgemma_runtime.errors import EdgeError
 
-__all__ = ["MOVES", "COMPUTES", "Move", "Compute"]
+__all__ = ["MOVES", "COMPUTES", "Move", "Compute", "Result", "slice_update"]
 
 Result = NDArray[Any] | tuple[NDArray[Any], ...]
+"""One tensor, or the several of an operator that gives several."""
+
 Move = Callable[[Arguments], Result]
 Compute = Callable[[Arguments, Arithmetic], Result]
 
@@ -39,10 +41,11 @@ def _slice_by_index(arguments: Arguments) -> NDArray[Any]:
     return np.squeeze(x[places], squeezed)
 
 
-def _slice_update(arguments: Arguments) -> NDArray[Any]:
+def slice_update(arguments: Arguments, *, in_place: bool = False) -> NDArray[Any]:
+    """`x` with some elements replaced; in place where nothing else needs `x` as it is."""
     x, update = arguments.array("x"), arguments.array("update")
     places, squeezed = _slices(arguments, x.shape)
-    updated = x.copy()
+    updated = x if in_place else x.copy()
     target = updated[places]
     if np.squeeze(target, squeezed).shape != update.shape:
         raise EdgeError(f"an update of shape {list(update.shape)} for a slice of {list(target.shape)}")
@@ -137,7 +140,7 @@ MOVES: dict[str, Move] = {
     "squeeze": _squeeze,
     "slice_by_index": _slice_by_index,
     "slice_by_size": _slice_by_size,
-    "slice_update": _slice_update,
+    "slice_update": slice_update,
     "concat": _concat,
     "split": _split,
     "stack": lambda arguments: np.stack(arguments.arrays("values"), arguments.integer("axis")),

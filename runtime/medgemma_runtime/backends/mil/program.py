@@ -11,12 +11,12 @@ from medgemma_runtime.backends.mil.arguments import Arguments
 from medgemma_runtime.backends.mil.arithmetic import FP16_LIMIT, Mode, arithmetic_of, to_fp16
 from medgemma_runtime.backends.mil.constants import Constant, ConstantCache, Decompressed, Stored
 from medgemma_runtime.backends.mil.function import READ_STATE, WRITE_STATE, Function, Step, prepare
-from medgemma_runtime.backends.mil.operators import COMPUTES, MOVES
+from medgemma_runtime.backends.mil.operators import COMPUTES, MOVES, Result, slice_update
 from medgemma_runtime.backends.mil.package import WeightFiles, model_path
 from medgemma_runtime.backends.mil.spec import NUMPY_DTYPES, Feature, TensorType, read_model
-from medgemma_runtime.errors import ArtifactError, EdgeError
+from medgemma_runtime.errors import ArtifactError, EdgeError, NotFiniteError
 
-__all__ = ["MilProgram", "NotFiniteError", "Observer", "State"]
+__all__ = ["MilProgram", "NotFiniteTensorError", "Observer", "State"]
 
 State = MutableMapping[str, NDArray[Any]]
 """States by name; floating ones as float32."""
@@ -27,23 +27,27 @@ Observer = Callable[[str, str, NDArray[Any]], None]
 _DEFAULT_CACHE_BYTES = 2 << 30
 
 
-class NotFiniteError(EdgeError):
+class NotFiniteTensorError(NotFiniteError):
     """A tensor that its format cannot hold.
 
     Attributes:
         tensor: Its name.
         operator: What computed it, or `input`.
+        weight: The weight nearest before it, which tells the layer; None if there is none.
         peak: The largest magnitude before rounding; NaN or infinite where it arose inside the operator.
     """
 
     def __init__(
-        self, function: str, tensor: str, operator: str, peak: float, dtype: str, mode: Mode
+        self, function: Function, tensor: str, operator: str, peak: float, dtype: str, mode: Mode
     ) -> None:
-        super().__init__(
-            f"tensor {tensor!r} ({operator}, {dtype}) of function {function!r} reaches {peak:,.0f} in mode "
-            f"{mode}, which is not finite in its format; rescale what leads to it or compute it in fp32"
-        )
         self.tensor, self.operator, self.peak = tensor, operator, peak
+        self.weight = function.nearest_weight(tensor)
+        place = f", after weight {self.weight!r}," if self.weight else ""
+        super().__init__(
+            f"tensor {tensor!r} ({operator}, {dtype}) of function {function.name!r}{place} reaches "
+            f"{peak:,.0f} in mode {mode}, which is not finite in its format; rescale what leads to it or "
+            "compute it in fp32"
+        )
 
 
 class MilProgram:
@@ -169,7 +173,7 @@ class MilProgram:
 
         Raises:
             EdgeError: If there is no such function, or an input or state is not as it must be.
-            NotFiniteError: If a tensor is infinite or NaN in its format.
+            NotFiniteTensorError: If a tensor is infinite or NaN in its format.
             ArtifactError: If a constant is damaged, or an operator gives another type than the program says.
         """
         run = _Run(self.function(function), self._cache, mode, observe)
@@ -203,7 +207,8 @@ class _Run:
                     f"function {self.function.name!r} reads the state {name!r} and was given {held}; "
                     "make one with new_state"
                 )
-            self.states[name] = _matching(f"state {name!r}", kind, state[name])
+            # A copy: what is updated in place must not be the caller's if the run fails.
+            self.states[name] = np.array(_matching(f"state {name!r}", kind, state[name]))
 
     def take_inputs(self, inputs: Mapping[str, NDArray[Any]]) -> None:
         """Check inputs against the signature."""
@@ -249,12 +254,15 @@ class _Run:
             [name], [data] = bindings["input"], bindings["data"]
             written = self._bound(data)
             _check_type(self.function.states[str(name)], written)
-            self.states[str(name)] = written
+            if written is not self.states[str(name)]:  # it is after an update in place
+                self.states[str(name)] = np.array(written)  # each state has memory of its own
             return ()
         arguments = Arguments(
             {parameter: tuple(map(self._bound, items)) for parameter, items in bindings.items()}
         )
-        if operator in MOVES:
+        if step.is_in_place and self._observe is None:  # an observer may keep what it is shown
+            result: Result = slice_update(arguments, in_place=True)
+        elif operator in MOVES:
             result = MOVES[operator](arguments)
         else:
             dtype = step.operation.outputs[0].type.dtype
@@ -272,7 +280,7 @@ class _Run:
             is_narrow = self._mode != "fp32" and kind.dtype == "fp16"
             peak = max(abs(float(x.min())), abs(float(x.max())))
             if not peak < (FP16_LIMIT if is_narrow else np.inf):
-                raise NotFiniteError(self.function.name, name, operator, peak, kind.dtype, self._mode)
+                raise NotFiniteTensorError(self.function, name, operator, peak, kind.dtype, self._mode)
             if is_narrow:
                 x = to_fp16(x)
         self._values[name] = x

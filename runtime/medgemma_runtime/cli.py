@@ -20,6 +20,7 @@ from medgemma_runtime.errors import ArtifactError, EdgeError
 from medgemma_runtime.files import check_destination, replacing
 from medgemma_runtime.image_index import ImageIndex, folder_files, index_folder
 from medgemma_runtime.images import load_image
+from medgemma_runtime.inspection import inspect_artifact
 from medgemma_runtime.manifest import read_manifest
 from medgemma_runtime.terminal import (
     ArtifactPath,
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 
 app.command(epilog=EXAMPLES)(generate)
+app.command("inspect", epilog="Example: medgemma-run inspect out/medgemma-coreml-int4")(inspect_artifact)
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from medgemma_export.models import load_model
 from medgemma_export.recipe import Recipe
 from medgemma_export.targets import TARGETS
 from medgemma_export.targets.coreml_package import WEIGHTS_PATH
-from medgemma_export.targets.coreml_unpack import compare_package
+from medgemma_export.targets.coreml_unpack import compare_package, compare_storage
 from medgemma_export.torch_ops import compute
 from medgemma_quantization.plan import make_plan
 from medgemma_quantization.scheme import FLOAT32, INT8, SCHEMES, Storage
@@ -117,6 +117,30 @@ def test_nothing_stays_uncompressed_that_the_plan_compresses(exported):
     # Records and alignment take up to 128 bytes a tensor.
     planned = sum(row.stored_bits for row in rows) / 8
     assert planned < size < planned + 3 * 128 * len(rows)
+
+
+def test_a_weight_that_is_stored_otherwise_than_planned_is_seen_in_the_file(exported):
+    artifact, components, weights = exported
+    package, plan = package_of(artifact, "text"), weights.plan
+    compare_storage(package, components["text"], plan)
+    name = "text_model.head.weight"
+    other = FLOAT32 if not plan.by_name[name].storage.is_float else INT8
+    rows = tuple(replace(row, storage=other) if row.name == name else row for row in plan.rows)
+    with pytest.raises(RuntimeError, match=rf"function main, holds .* for {name} and the plan says {other}"):
+        compare_storage(package, components["text"], replace(plan, rows=rows))
+    with pytest.raises(RuntimeError, match="holds nothing for vision_model"):
+        compare_storage(package, components["image"], plan)
+
+
+def test_a_matrix_that_no_plan_knows_is_seen_in_the_file(exported):
+    artifact, components, weights = exported
+
+    def part(ops, inputs):
+        return {}
+
+    nothing = replace(components["text"], forward=part)
+    with pytest.raises(RuntimeError, match=r"holds text_model_\w+, which no plan knows"):
+        compare_storage(package_of(artifact, "text"), nothing, weights.plan)
 
 
 @pytest.mark.parametrize("part", ["data", "scale"])

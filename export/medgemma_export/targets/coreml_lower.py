@@ -23,6 +23,7 @@ from medgemma_export.targets.coreml_mil import (
 from medgemma_export.targets.coreml_ops import SCALES, Cache, CacheSlot, MilOps, StepInputs
 from medgemma_export.targets.coreml_package import WEIGHTS_PATH, WeightFile, write_package
 from medgemma_export.targets.coreml_rows import RowPlaces, describe_embedding, write_rows
+from medgemma_export.targets.coreml_unpack import compare_storage
 from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.manifest import ComponentEntry, TensorSpec
@@ -85,6 +86,7 @@ class Lowering:
             version=version("medgemma-edge"),
             facts=facts | {"plan_sha256": self.weights.plan.sha256},
         )
+        compare_storage(package, component, self.weights.plan)
         self._remember_rows(package, file)
         return ComponentEntry(
             program=f"{DIRECTORY}/{package.name}", inputs=tuple(inputs), outputs=tuple(outputs)

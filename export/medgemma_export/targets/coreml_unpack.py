@@ -14,11 +14,12 @@ from medgemma_export.ops import RmsNorm
 from medgemma_export.plan_ops import PlanOps
 from medgemma_export.targets.coreml_ops import gain_array, identifier
 from medgemma_quantization.affine import unpack_int4
+from medgemma_quantization.plan import QuantPlan
 from medgemma_quantization.weights import QuantizedWeights
-from medgemma_runtime.backends.mil import MilProgram
+from medgemma_runtime.backends.mil import MilProgram, contents
 from medgemma_runtime.errors import ArtifactError, EdgeError
 
-__all__ = ["compare_package", "compare_rows"]
+__all__ = ["compare_package", "compare_rows", "compare_storage"]
 
 
 @dataclass
@@ -30,6 +31,33 @@ class _Norms(PlanOps):
     def rms_norm(self, x: None, weight: RmsNorm) -> None:
         self.norms[f"{weight.name}.weight"] = weight
         super().rms_norm(x, weight)
+
+
+def compare_storage(package: Path, component: Component, plan: QuantPlan) -> None:
+    """Hold how a finished package stores each weight against the plan, without reading one.
+
+    `compare_packed` asks what was meant; this asks the file, and whatever else it holds.
+
+    Raises:
+        RuntimeError: If a function lacks a weight, stores one in another way, or holds a matrix that no plan
+            knows; the target is defective then.
+    """
+    survey = _Norms()
+    component.forward(survey, dict.fromkeys((spec.name for spec in component.inputs), None))
+    rows = {identifier(weight.name): plan.by_name[weight.name] for weight in survey.weights}
+    program = MilProgram.open(package)
+    for name, function in program.functions.items():
+        found = {weight.name: weight for weight in contents(function).weights}
+        for key, row in rows.items():
+            stored = f"{found[key].storage} {found[key].shape}" if key in found else "nothing"
+            if stored != f"{row.storage} {row.stored_shape}":
+                raise RuntimeError(
+                    f"{package.name}, function {name}, holds {stored} for {row.name} and the plan says "
+                    f"{row.storage} {row.stored_shape}"
+                )
+        for key in found.keys() - rows.keys():
+            if len(found[key].shape) > 1:
+                raise RuntimeError(f"{package.name}, function {name}, holds {key}, which no plan knows")
 
 
 def compare_package(package: Path, component: Component, weights: QuantizedWeights) -> None:

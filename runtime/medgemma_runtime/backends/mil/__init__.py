@@ -9,7 +9,19 @@ Nothing here needs the rest of the runtime but its errors.
 """
 
 from medgemma_runtime.backends.mil.arithmetic import Mode
+from medgemma_runtime.backends.mil.contents import Contents, Weight, contents
 from medgemma_runtime.backends.mil.function import OPERATORS, Function
 from medgemma_runtime.backends.mil.program import MilProgram, NotFiniteTensorError, Observer, State
 
-__all__ = ["MilProgram", "Mode", "Function", "NotFiniteTensorError", "Observer", "State", "OPERATORS"]
+__all__ = [
+    "MilProgram",
+    "Mode",
+    "Function",
+    "Contents",
+    "Weight",
+    "contents",
+    "NotFiniteTensorError",
+    "Observer",
+    "State",
+    "OPERATORS",
+]

@@ -24,11 +24,13 @@ from medgemma_export.checkpoint import open_checkpoint
 from medgemma_export.recipe import Recipe
 from medgemma_export.reference_text import record_text_reference
 from medgemma_export.targets import TARGETS
-from medgemma_runtime.artifact import open_artifact
+from medgemma_export.targets.coreml_package import MODEL_PATH
+from medgemma_runtime.artifact import Artifact, open_artifact, sha256_file
 from medgemma_runtime.backends import open_session
 from medgemma_runtime.backends.mil_session import MilSession
-from medgemma_runtime.errors import EdgeError, TextError
+from medgemma_runtime.errors import ArtifactError, EdgeError, TextError
 from medgemma_runtime.generate import GenerateOptions, Generator
+from medgemma_runtime.manifest import read_manifest
 from medgemma_runtime.prompt import Image, Message, Text
 from medgemma_runtime.static_cache import StaticCache
 from tests import tiny_prompts
@@ -187,6 +189,91 @@ def test_a_conversation_goes_on_where_it_stands_and_nowhere_else(work):
     session.close()
     with pytest.raises(EdgeError, match="closed"):
         session.run(given(0, 1))
+
+
+def altered(work, tmp_path, change):
+    """The artifact with another program in its decoder, hashes renewed: as a defective exporter leaves it."""
+    import coremltools
+
+    directory = tmp_path / "artifact"
+    shutil.copytree(work / "fp32", directory)
+    package = directory / "coreml/decoder.mlpackage"
+    spec = coremltools.utils.load_spec(str(package))
+    change(spec)
+    path = package / MODEL_PATH
+    path.write_bytes(spec.SerializeToString())
+    manifest = read_manifest(directory)
+    name = path.relative_to(directory).as_posix()
+    files = tuple(
+        replace(entry, sha256=sha256_file(path), size_bytes=path.stat().st_size)
+        if entry.path == name
+        else entry
+        for entry in manifest.files
+    )
+    return Artifact(directory=directory, manifest=replace(manifest, files=files))
+
+
+def drop_function(spec):
+    del spec.mlProgram.functions["decode"]
+
+
+def drop_function_wholly(spec):
+    drop_function(spec)
+    [index] = [i for i, function in enumerate(spec.description.functions) if function.name == "decode"]
+    del spec.description.functions[index]
+    spec.description.defaultFunctionName = "prefill"
+
+
+def rename_described_state(spec):
+    [state] = [state for state in spec.description.functions[0].state if state.name == "local_cache"]
+    state.name = "local_cachf"
+
+
+def rename_state_of_one_function(spec):
+    [described] = [function for function in spec.description.functions if function.name == "decode"]
+    [state] = [state for state in described.state if state.name == "local_cache"]
+    state.name = "local_cachf"
+    function = spec.mlProgram.functions["decode"]
+    [given] = [item for item in function.inputs if item.name == "local_cache"]
+    given.name = "local_cachf"
+    [block] = function.block_specializations.values()
+    for operation in block.operations:
+        for argument in operation.inputs["input"].arguments if "input" in operation.inputs else ():
+            if argument.name == "local_cache":
+                argument.name = "local_cachf"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            drop_function,
+            r"describes the functions \['decode', 'prefill'\] and has \['prefill'\]: 'decode' is",
+        ),
+        (drop_function_wholly, r"the decoder has no function 'decode', only prefill; export again"),
+        (rename_described_state, r"has the state 'local_cache' and the model's description lacks it"),
+        (
+            rename_state_of_one_function,
+            r"prefill keeps the states .*'local_cache'\] and decode .*'local_cachf'\]",
+        ),
+    ],
+)
+def test_a_program_that_lost_a_function_or_a_states_name_is_refused(work, tmp_path, change, message):
+    artifact = altered(work, tmp_path, change)
+    with pytest.raises(ArtifactError, match=message):
+        open_session(artifact, "decoder")
+
+
+@pytest.mark.parametrize("part", ["model.mlmodel", "weight.bin", "embedding.json", "Manifest.json"])
+def test_a_byte_that_changed_breaks_the_seal(work, tmp_path, part):
+    directory = tmp_path / "artifact"
+    shutil.copytree(work / "fp32", directory)
+    path = next(directory.glob(f"coreml/**/{part}"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"{part} does not have the SHA-256 that the manifest states"):
+        open_artifact(directory)
 
 
 def test_an_artifact_answers_about_images(work):

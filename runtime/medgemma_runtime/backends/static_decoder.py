@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_runtime.backends.mil import MilProgram
 from medgemma_runtime.backends.mil_session import MilSession
-from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.errors import ArtifactError, EdgeError
 from medgemma_runtime.manifest import ComponentEntry, TensorSpec
 from medgemma_runtime.session import check_inputs
 from medgemma_runtime.static_cache import StaticCache, read_sizes
@@ -17,6 +18,8 @@ __all__ = ["StaticDecoderSession", "SIZES"]
 
 SIZES = "decoder"
 """Under which key of its metadata a program says how it is fed, see `StaticSizes`."""
+
+_FUNCTIONS = ("prefill", "decode")
 
 
 class StaticDecoderSession:
@@ -31,7 +34,8 @@ class StaticDecoderSession:
         load_seconds: Time that opening the program took.
 
     Raises:
-        ArtifactError: If the program does not say how it is fed, or not to the form.
+        ArtifactError: If the program lacks a function, its functions do not share their states, or it does
+            not say how it is fed.
     """
 
     entry: ComponentEntry
@@ -39,6 +43,7 @@ class StaticDecoderSession:
 
     def __init__(self, session: MilSession) -> None:
         started = time.perf_counter()
+        _check_functions(session.program)
         self._session = session
         self._sizes = read_sizes(session.program.metadata.get(SIZES, ""))
         [embeddings] = [spec for spec in session.entry.inputs if spec.name == "inputs_embeds"]
@@ -118,3 +123,18 @@ class StaticDecoderSession:
                 f"{positions[0]} on; go on where it stands, or read the conversation from its start"
             )
         return self._cache
+
+
+def _check_functions(program: MilProgram) -> None:
+    missing = [name for name in _FUNCTIONS if name not in program.functions]
+    if missing:
+        raise ArtifactError(
+            f"the decoder has no function {missing[0]!r}, only {', '.join(sorted(program.functions))}; "
+            "export again"
+        )
+    prefill, decode = (program.functions[name].states for name in _FUNCTIONS)
+    if prefill != decode:
+        raise ArtifactError(
+            f"the decoder's prefill keeps the states {sorted(prefill)} and decode {sorted(decode)}, so one "
+            "would not read what the other wrote; export again"
+        )

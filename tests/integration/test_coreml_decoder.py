@@ -204,12 +204,8 @@ def altered(work, tmp_path, change):
     path.write_bytes(spec.SerializeToString())
     manifest = read_manifest(directory)
     name = path.relative_to(directory).as_posix()
-    files = tuple(
-        replace(entry, sha256=sha256_file(path), size_bytes=path.stat().st_size)
-        if entry.path == name
-        else entry
-        for entry in manifest.files
-    )
+    renewed = {"sha256": sha256_file(path), "size_bytes": path.stat().st_size}
+    files = tuple(replace(entry, **(renewed if entry.path == name else {})) for entry in manifest.files)
     return Artifact(directory=directory, manifest=replace(manifest, files=files))
 
 
@@ -248,13 +244,13 @@ def rename_state_of_one_function(spec):
     [
         (
             drop_function,
-            r"describes the functions \['decode', 'prefill'\] and has \['prefill'\]: 'decode' is",
+            r"describes the functions \['decode', 'prefill'\] and has \['prefill'\]: 'decode'",
         ),
         (drop_function_wholly, r"the decoder has no function 'decode', only prefill; export again"),
         (rename_described_state, r"has the state 'local_cache' and the model's description lacks it"),
         (
             rename_state_of_one_function,
-            r"prefill keeps the states .*'local_cache'\] and decode .*'local_cachf'\]",
+            r"prefill keeps .*'local_cache'\] and decode .*'local_cachf'\]",
         ),
     ],
 )

@@ -230,7 +230,7 @@ def _made_bytes(row: PlanRow) -> int:
     """On disk, until the artifact is finished: integers as made, with scales as float32."""
     if row.storage.is_float:
         return 0
-    return math.prod(row.stored_shape) * row.storage.bits // 8 + _scale_count(row) * 4 + _SLACK_BYTES
+    return math.prod(row.stored_shape) * row.storage.bits // 8 + row.scale_count * 4 + _SLACK_BYTES
 
 
 def _lowering_bytes(row: PlanRow) -> int:
@@ -242,8 +242,4 @@ def _lowering_bytes(row: PlanRow) -> int:
         return values * 10
     if not row.storage.block:
         return values * 6
-    return values * row.storage.bits // 8 * 2 + _scale_count(row) * 8
-
-
-def _scale_count(row: PlanRow) -> int:
-    return math.prod(row.stored_shape) // (row.storage.block or row.stored_shape[-1])
+    return values * row.storage.bits // 8 * 2 + row.scale_count * 8

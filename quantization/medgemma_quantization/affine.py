@@ -26,6 +26,8 @@ __all__ = [
     "quantize",
     "range_scales",
     "round_scale",
+    "pack_integers",
+    "unpack_integers",
     "pack_int4",
     "unpack_int4",
 ]
@@ -40,11 +42,12 @@ _SCALE_MAX = 65280.0
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensor:
-    """A matrix as integers and scales.
+    """A matrix as integers and scales, or as indices into palettes.
 
     Shapes:
         values: [outputs, inputs] int8
-        scales: [outputs, blocks] float32; blocks is 1 for per-channel storage
+        scales: [outputs, blocks] float32; blocks is 1 for per-channel storage. Of a palette its values,
+            [outputs / palette, 2 ** bits]
     """
 
     storage: Storage
@@ -53,6 +56,10 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         rows, columns = self.values.shape
+        if self.storage.palette:
+            if self.scales.shape != (rows // self.storage.palette, 1 << self.storage.bits):
+                raise ValueError(f"{self.storage} of {self.values.shape} has no palettes {self.scales.shape}")
+            return
         blocks = columns // self.storage.block if self.storage.block else 1
         if self.scales.shape != (rows, blocks):
             raise ValueError(
@@ -66,6 +73,9 @@ class QuantizedTensor:
     def dequantize(self) -> NDArray[np.float32]:
         """The matrix that the integers stand for, [outputs, inputs] float32."""
         rows, columns = self.values.shape
+        if self.storage.palette:
+            groups = self.values.reshape(len(self.scales), -1)
+            return np.take_along_axis(self.scales, groups, axis=1).reshape(rows, columns)
         blocks = self.scales.shape[1]
         grouped = self.values.reshape(rows, blocks, columns // blocks).astype(np.float32)
         return (grouped * self.scales[:, :, None]).reshape(rows, columns)
@@ -132,6 +142,36 @@ def _pair_sums(values: NDArray[Any]) -> NDArray[Any]:
     sums: NDArray[Any] = even.copy()
     sums[..., : odd.shape[-1]] += odd
     return sums
+
+
+def pack_integers(values: NDArray[np.int8], storage: Storage) -> NDArray[Any]:
+    """Integers as they are kept: int8, or several to a byte along the last axis, lowest bits first.
+
+    Args:
+        values: [..., n]: int8; int4 in [-8, 7]; or indices of 4 or 6 bits, n being a multiple of 4.
+        storage: What they are.
+    """
+    if storage.bits == 8:
+        return values
+    if storage.bits == 4:
+        return pack_int4(values)
+    quads = values.view(np.uint8).reshape(*values.shape[:-1], -1, 4).astype(np.uint32)
+    words = (quads << np.arange(0, 24, 6, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
+    octets = words[..., None] >> np.arange(0, 24, 8, dtype=np.uint32)
+    return np.asarray(octets.astype(np.uint8).reshape(*values.shape[:-1], -1))
+
+
+def unpack_integers(stored: NDArray[Any], storage: Storage) -> NDArray[np.int8]:
+    """The inverse of `pack_integers`."""
+    if storage.bits == 8:
+        return stored.view(np.int8)
+    if storage.bits == 4:
+        unpacked = unpack_int4(stored.view(np.uint8))
+        return np.asarray(unpacked & np.int8(0x0F)) if storage.palette else unpacked
+    octets = stored.reshape(*stored.shape[:-1], -1, 3).astype(np.uint32)
+    words = (octets << np.arange(0, 24, 8, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
+    values = (words[..., None] >> np.arange(0, 24, 6, dtype=np.uint32)) & np.uint32(0x3F)
+    return np.asarray(values.astype(np.int8).reshape(*stored.shape[:-1], -1))
 
 
 def pack_int4(values: NDArray[np.int8], *, offset: int = 0) -> NDArray[np.uint8]:

@@ -29,11 +29,13 @@ __all__ = [
     "note_unreached",
     "read_plan",
     "compare_packed",
+    "refuse_palettes",
 ]
 
 Role = Literal["linear", "table", "patch", "norm", "bias", "position", "probe"]
 
 _SCALE_BITS = 16  # every scale fits float16; what a target widens it to is the target's cost
+_PALETTE_INPUTS = 4  # whose indices, 6 bits each, fill whole bytes
 _FLOAT_REASONS: dict[str, str] = {
     "patch": "reads pixels directly; under 0.1 % of the weights",
     "norm": "gain or shift of a normalization; a vector",
@@ -83,13 +85,18 @@ class PlanRow:
     reason: str
 
     @property
+    def scale_count(self) -> int:
+        """How many scales the weight has, or values of its palettes."""
+        if self.storage.is_float:
+            return 0
+        if self.storage.palette:
+            return self.stored_shape[0] // self.storage.palette << self.storage.bits
+        return math.prod(self.stored_shape) // (self.storage.block or self.stored_shape[-1])
+
+    @property
     def stored_bits(self) -> int:
         """Bits that integers (or floats) and scales occupy, padding included."""
-        count = math.prod(self.stored_shape)
-        if self.storage.is_float:
-            return count * self.storage.bits
-        scales = count // (self.storage.block or self.stored_shape[-1])
-        return count * self.storage.bits + scales * _SCALE_BITS
+        return math.prod(self.stored_shape) * self.storage.bits + self.scale_count * _SCALE_BITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +156,9 @@ def make_plan(scheme: Scheme, weights: Iterable[WeightSpec], *, method: str = "r
     """Decide the storage of every weight.
 
     Raises:
-        EdgeError: If a block divides a weight's inputs neither as they are nor padded, if an override
-            matches no weight, or if it asks for integers where only float is possible.
+        EdgeError: If a block divides a weight's inputs neither as they are nor padded, or a palette's group
+            not its outputs, if an override matches no weight, if it asks for integers where only float is
+            possible, or if the method finds no palettes.
     """
     unused = {pattern for pattern, _ in scheme.overrides}
     rows: dict[str, PlanRow] = {}
@@ -162,6 +170,12 @@ def make_plan(scheme: Scheme, weights: Iterable[WeightSpec], *, method: str = "r
         raise EdgeError(
             f"scheme {scheme.name}: no weight matches {sorted(unused)}; "
             f"names look like {specs[0].name!r}, and a pattern must match the whole name"
+        )
+    palettes = [row for row in rows.values() if row.storage.palette]
+    if palettes and method != "rtn":
+        raise EdgeError(
+            f"{palettes[0].name}: the plan asks for {palettes[0].storage}, and k-means finds palettes; leave "
+            f"--method {method} out"
         )
     padded = _pad_to_blocks(specs, rows)
     return QuantPlan(
@@ -236,6 +250,17 @@ def _pad_to_blocks(specs: list[WeightSpec], rows: dict[str, PlanRow]) -> dict[st
                 f"{spec.name} has {spec.shape[-1]} inputs, no multiple of the block {row.storage.block}, "
                 "and they cannot be padded; choose another block or an override to int8 per channel"
             )
+        if row.storage.palette and (shape[0] % row.storage.palette or shape[-1] % _PALETTE_INPUTS):
+            raise EdgeError(
+                f"{spec.name} has {shape[0]} outputs and {shape[-1]} inputs, and {row.storage} takes "
+                f"multiples of {row.storage.palette} and {_PALETTE_INPUTS}; choose another group, or an "
+                "override to int8"
+            )
+        if row.storage.palette and shape != spec.shape:
+            raise EdgeError(
+                f"{spec.name} would be padded with zeros to a multiple of {multiple}, which {row.storage} "
+                "does not hold exactly; give every matrix a palette, or none"
+            )
         reason = row.reason
         if shape != spec.shape:
             reason += f"; hidden axis padded with zeros to a multiple of {multiple}"
@@ -246,6 +271,20 @@ def _pad_to_blocks(specs: list[WeightSpec], rows: dict[str, PlanRow]) -> dict[st
 def _owner(spec: WeightSpec) -> str:
     """The module, such as an MLP, whose matrices share the hidden axis: `NAME` of `NAME.fc1.weight`."""
     return spec.name.rpartition(".")[0].rpartition(".")[0]
+
+
+def refuse_palettes(plan: QuantPlan, engine: str) -> None:
+    """What targets say whose engine has no palettes.
+
+    Raises:
+        EdgeError: Naming the first weight with one.
+    """
+    for row in plan.rows:
+        if row.storage.palette:
+            raise EdgeError(
+                f"{row.name}: the plan asks for {row.storage}, and {engine} has no palettes; use --target "
+                "coreml, or --precision int4 or int8"
+            )
 
 
 def read_plan(path: Path) -> QuantPlan:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from medgemma_quantization.affine import (
     QuantizedTensor,
-    pack_int4,
-    unpack_int4,
+    pack_integers,
+    unpack_integers,
 )
 from medgemma_quantization.methods.method import FindRounder, Rounder
 from medgemma_quantization.methods.rounding import nearest
@@ -70,16 +70,19 @@ class QuantizedWeights:
     def quantized(self, name: str, rows: slice | None = None) -> QuantizedTensor:
         """Integers and scales of a weight that the plan stores as integers, or of some of its rows."""
         row = self.plan.by_name[name]
-        values, scales = self.stored_values(name, rows), self.scales(name, rows)
-        unpacked = unpack_int4(values.view(np.uint8)) if row.storage.bits == 4 else values.view(np.int8)
-        return QuantizedTensor(storage=row.storage, values=unpacked, scales=scales)
+        values = unpack_integers(self.stored_values(name, rows), row.storage)
+        return QuantizedTensor(storage=row.storage, values=values, scales=self.scales(name, rows))
 
     def stored_values(self, name: str, rows: slice | None = None) -> NDArray[Any]:
-        """The integers as they lie on disk: int8, or int4 as `pack_int4` packs it, in two's complement."""
+        """The integers as they lie on disk: as `pack_integers` packs them."""
         return _load(self.directory / f"{name}.values.npy", rows)
 
     def scales(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """The scales of a weight that the plan stores as integers: [outputs, blocks]."""
+        """The scales of a weight that the plan stores as integers, [outputs, blocks], or its palettes."""
+        if rows is not None and (shared := self.plan.by_name[name].storage.palette):
+            if rows.start % shared or rows.stop % shared:
+                raise ValueError(f"rows {rows.start} to {rows.stop} of {name} cut a palette of {shared}")
+            rows = slice(rows.start // shared, rows.stop // shared)
         return _load(self.directory / f"{name}.scales.npy", rows)
 
     def float(self, name: str) -> NDArray[np.float32]:
@@ -159,16 +162,15 @@ def store_integers(row: PlanRow, read: ReadWeight, directory: Path, round_rows: 
     """
     values, scales = _paths(row, directory)
     outputs, inputs = row.stored_shape
-    blocks = inputs // row.storage.block if row.storage.block else 1
-    is_packed = row.storage.bits == 4
+    shared = row.storage.palette or 1
     stored = np.lib.format.open_memmap(
         values,
         mode="w+",
-        dtype=np.uint8 if is_packed else np.int8,
-        shape=(outputs, inputs // 2 if is_packed else inputs),
+        dtype=np.int8 if row.storage.bits == 8 else np.uint8,
+        shape=(outputs, inputs * row.storage.bits // 8),
     )
-    all_scales = np.empty((outputs, blocks), np.float32)
-    step = max(1, _PIECE_VALUES // inputs)
+    all_scales = np.empty((outputs // shared, row.scale_count // (outputs // shared)), np.float32)
+    step = max(1, _PIECE_VALUES // (inputs * shared)) * shared
     for start in range(0, outputs, step):
         piece = slice(start, min(start + step, outputs))
         weight = read(row.name, slice(start, min(piece.stop, row.shape[0])))
@@ -177,8 +179,8 @@ def store_integers(row: PlanRow, read: ReadWeight, directory: Path, round_rows: 
             tensor = round_rows(weight)
         except ValueError as error:
             raise CheckpointError(f"{row.name} cannot be quantized: {error}; check the checkpoint") from None
-        stored[piece] = pack_int4(tensor.values) if is_packed else tensor.values
-        all_scales[piece] = tensor.scales
+        stored[piece] = pack_integers(tensor.values, row.storage)
+        all_scales[start // shared : piece.stop // shared] = tensor.scales
     stored.flush()
     del stored
     np.save(scales, all_scales, allow_pickle=False)

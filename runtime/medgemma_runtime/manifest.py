@@ -44,7 +44,7 @@ DType = Literal["float32", "float16", "int64", "int32", "uint8", "bool"]
 
 # JSON as Python reads it allows NaN and Infinity; no field here has a use for them.
 TargetName = Literal["onnx", "coreml", "executorch"]
-Precision = Literal["fp32", "fp16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "lut6", "int4", "lut4"]
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 # A manifest is a few kilobytes. A file past this is damaged or hostile and is not read into memory.

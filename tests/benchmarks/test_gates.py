@@ -31,14 +31,14 @@ def gate(**limits: float) -> Gate:
 
 def test_the_shipped_gates_answer_every_question_that_parity_asks() -> None:
     gates = load_gates()
-    for precision in ("fp32", "fp16", "int8", "int4"):
+    for precision in ("fp32", "fp16", "int8", "lut6", "int4", "lut4"):
         for subject in ("image", "vision"):
             assert gates.find("pixels", subject, precision)
         for subject in ("text", "decoder"):
             assert gates.find("tokens", subject, precision)
     for subject in ("image", "text", "zero-shot", "end-to-end", "vision", "decoder", "prefill"):
         assert gates.find("lowering", subject, "fp32")
-        for precision in ("fp16", "int8", "int4"):
+        for precision in ("fp16", "int8", "lut6", "int4", "lut4"):
             assert gates.find("scheme", subject, precision)
     for component in ("image", "text"):
         for precision in ("int8", "int4"):

@@ -37,7 +37,7 @@ def export(out, scheme, components=()):
     return build(recipe, progress=lambda *step: None), decide(recipe)
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16", "int8", "int4"])
+@pytest.fixture(scope="module", params=["fp32", "fp16", "int8", "lut6", "int4"])
 def exported(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     artifact, decision = export(directory / "artifact", TARGET.scheme(request.param))
@@ -104,7 +104,7 @@ def test_nothing_stays_uncompressed_that_the_plan_compresses(exported):
         for constant in function.constants:
             stored = program.stored("main", constant)
             if sum(array.size for array in stored.values()) > 1000:
-                dtypes["integers" if "data" in stored else "floats"] += 1
+                dtypes["floats" if "val" in stored else "integers"] += 1
         size += (package_of(artifact, name) / WEIGHTS_PATH).stat().st_size
     rows = weights.plan.rows
     assert dtypes["integers"] == sum(not row.storage.is_float for row in rows)
@@ -227,6 +227,37 @@ def test_what_core_ml_cannot_take_is_refused_before_any_weight_is_read(model, ch
         TARGET.check(model, make_plan(mixed, model.weights()))
     with pytest.raises(EdgeError, match="has no decoder whose residual stream"):
         load_model(checkpoint, residual_scale=0.5)
+
+
+def test_palettes_are_for_core_ml_and_for_matrices(model):
+    plan = make_plan(TARGET.scheme("lut4"), model.weights())
+    TARGET.check(model, plan)
+    for other, engine in (("onnx", "ONNX Runtime"), ("executorch", "XNNPACK")):
+        with pytest.raises(
+            EdgeError, match=rf"asks for lut4 group 8, and {engine} has no palettes; use --target"
+        ):
+            TARGETS[other].check(model, make_plan(TARGETS[other].scheme("lut4"), model.weights()))
+    table = replace(TARGET.scheme("lut4"), table=Storage(bits=4, palette=11))
+    with pytest.raises(EdgeError, match=r"token_embedding.* a host looks rows up by their scales"):
+        TARGET.check(model, make_plan(table, model.weights()))
+
+
+@pytest.mark.parametrize("activations", ["float16", "float"])
+def test_four_bit_palettes_are_what_the_plan_says(tmp_path, inputs, activations):
+    scheme = replace(TARGET.scheme("lut4"), activations=activations)
+    artifact, decision = export(tmp_path / "artifact", scheme, components=("text",))
+    [text] = decision.model.components
+    weights = quantize_weights(
+        decision.plan, decision.model.reader(decision.checkpoint), tmp_path / "weights"
+    )
+    compare_package(package_of(artifact, "text"), text, weights)
+    stored = MilProgram.open(package_of(artifact, "text")).stored("main", "text_model_head_weight")
+    assert stored["indices"].max() == 15
+    assert stored["lut"].shape == (stored["indices"].shape[0] // 8, 1, 16, 1)
+    assert stored["lut"].dtype == ("float16" if activations == "float16" else "float32")
+    expected = compute(text, weights, inputs["text"])["pooler_output"]
+    actual = MilSession(artifact, "text").run(inputs["text"])["pooler_output"]
+    assert np.abs(actual - expected).max() < 1e-5
 
 
 def test_another_coremltools_is_refused(model, monkeypatch):

@@ -65,6 +65,8 @@ def test_names_and_precisions():
         "int8": "int8",
         "int4": "int4",
         "mobile": "int4",
+        "lut6": "lut6",
+        "lut4": "lut4",
     }
     with pytest.raises(ValueError, match="block"):
         Storage(bits=32, block=32)

@@ -4,7 +4,8 @@
   as such; scale and bias are in the program;
 - the decoder: a package with the functions `prefill` and `decode` over the same weights and caches;
 - the embedding: rows that a host looks up, described by a JSON file;
-- int4 and int8 weights are `constexpr_blockwise_shift_scale`, which engines take apart as they need them.
+- int4 and int8 weights are `constexpr_blockwise_shift_scale`, palettes `constexpr_lut_to_dense`, which
+  engines take apart as they need them.
   What multiplies them is float16, or float32 with `--precision fp32`: activations are never integers.
 
 Programs are for iOS 18 and macOS 15, and laid out for the GPU: blocks of int4, fused attention.
@@ -61,6 +62,11 @@ class CoremlTarget:
                     f"{row.name}: the plan asks for {row.storage}, and with activations "
                     f'"{plan.activations}" a Core ML program has {computed} throughout; leave the override '
                     "out, or change activations"
+                )
+            if row.storage.palette and row.role == "table":
+                raise EdgeError(
+                    f"{row.name}: the plan asks for {row.storage}, and a host looks rows up by their scales; "
+                    "give the table int8 or int4"
                 )
             if row.stored_bits // 8 > _MAX_TENSOR_BYTES:
                 raise EdgeError(

@@ -21,7 +21,7 @@ __all__ = [
     "file_value",
     "immediate_value",
     "new_function",
-    "INT4_DTYPE",
+    "PACKED_DTYPES",
     "OPSET",
     "SPECIFICATION_VERSION",
     "COREMLTOOLS_VERSION",
@@ -41,10 +41,13 @@ try:
     from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
     from coremltools.converters.mil.mil import Function, Program, Var, types
     from coremltools.converters.mil.mil.program import Placeholder, StateTensorPlaceholder
-    from coremltools.converters.mil.mil.types import np_int4_dtype as INT4_DTYPE  # noqa: N812
+    from coremltools.converters.mil.mil.types import np_int4_dtype, np_uint4_dtype, np_uint6_dtype
 finally:
     for _name in _hidden:
         del sys.modules[_name]
+
+PACKED_DTYPES = {"int4": np_int4_dtype, "uint4": np_uint4_dtype, "uint6": np_uint6_dtype}
+"""numpy's types of integers that are packed, as coremltools tells them apart."""
 
 OPSET = target.iOS18
 """iOS 18 and macOS 15: the first with states, functions and int4 blocks."""

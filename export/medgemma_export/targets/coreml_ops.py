@@ -25,10 +25,10 @@ from medgemma_export.ops import (
     Rotary,
     Table,
 )
-from medgemma_export.targets.coreml_mil import INT4_DTYPE, Var, mb
+from medgemma_export.targets.coreml_mil import PACKED_DTYPES, Var, mb
 from medgemma_export.targets.coreml_package import WeightFile
 from medgemma_quantization.plan import PackedWeight
-from medgemma_quantization.scheme import FLOAT16, FLOAT32, Storage
+from medgemma_quantization.scheme import FLOAT16, FLOAT32
 from medgemma_quantization.weights import QuantizedWeights
 
 __all__ = ["MilOps", "Cache", "CacheSlot", "StepInputs", "identifier", "gain_array", "SCALES"]
@@ -373,13 +373,17 @@ class MilOps:
         if row.storage.is_float:
             return self._float(name)
         if name not in self._constants:
-            values, scales = self.weights.stored_values(name), self.weights.scales(name)
-            kind = f"int{row.storage.bits}"
-            self._note(name, kind, row.storage.block, row.stored_shape)
-            self._constants[name] = mb.constexpr_blockwise_shift_scale(
-                data=self._constant(f"{name}.values", kind, values, row.stored_shape, key=name),
-                scale=self._constant(f"{name}{SCALES}", self._kind, self._cast(scales), scales.shape),
-                name=identifier(name),
+            kind = f"{'uint' if row.storage.palette else 'int'}{row.storage.bits}"
+            values, scales = self.weights.stored_values(name), self._cast(self.weights.scales(name))
+            self.note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
+            stored = self._constant(f"{name}.values", kind, values, row.stored_shape, key=name)
+            if row.storage.palette:  # one for some outputs and all inputs, of single values
+                scales = scales[:, None, :, None]
+            beside = self._constant(f"{name}{SCALES}", self._kind, scales, scales.shape)
+            self._constants[name] = (
+                mb.constexpr_lut_to_dense(indices=stored, lut=beside, name=identifier(name))
+                if row.storage.palette
+                else mb.constexpr_blockwise_shift_scale(data=stored, scale=beside, name=identifier(name))
             )
         return self._constants[name]
 
@@ -392,14 +396,10 @@ class MilOps:
 
     def _stored(self, name: str, array: NDArray[Any]) -> Var:
         if name not in self._constants:
-            self._note(name, self._kind, 0, array.shape)
+            storage = FLOAT16 if self.half else FLOAT32
+            self.note(PackedWeight(name=name, storage=storage, shape=array.shape))
             self._constants[name] = self._constant(name, self._kind, array, array.shape)
         return self._constants[name]
-
-    def _note(self, name: str, kind: str, block: int, shape: tuple[int, ...]) -> None:
-        floats = {"float16": FLOAT16, "float32": FLOAT32}
-        storage = floats.get(kind) or Storage(bits=4 if kind == "int4" else 8, block=block)
-        self.note(PackedWeight(name=name, storage=storage, shape=shape))
 
     def _zeros(self, size: int) -> Var:
         """The bias of linears without one, which the operator needs all the same."""
@@ -414,9 +414,10 @@ class MilOps:
     ) -> Var:
         key = key or name
         self.file.add(key, kind, array)
-        dtype = {"int4": np.dtype(np.int8)}.get(kind, np.dtype(kind))
-        stand_in = np.broadcast_to(np.zeros((), dtype), shape)
-        value = mb.const(val=stand_in.view(INT4_DTYPE) if kind == "int4" else stand_in, name=identifier(name))
+        # Packed integers are bytes with a note in their dtype, which a view keeps and a conversion drops.
+        dtype = PACKED_DTYPES.get(kind) or np.dtype(kind)
+        stand_in = np.broadcast_to(np.zeros((), f"{dtype.kind}{dtype.itemsize}"), shape)
+        value = mb.const(val=stand_in.view(dtype), name=identifier(name))
         value.op.weight_id = key
         return value
 

@@ -40,7 +40,7 @@ _HEADER = struct.Struct("<II56x")
 _RECORD = struct.Struct("<IIQQQ32x")
 _SENTINEL = 0xDEADBEEF
 _VERSION = 2
-_BLOB_TYPES = {"float16": 1, "float32": 2, "int8": 4, "int4": 8}
+_BLOB_TYPES = {"float16": 1, "float32": 2, "int8": 4, "int4": 8, "uint4": 11, "uint6": 13}
 
 _AUTHOR = "medgemma-edge"
 
@@ -71,8 +71,8 @@ class WeightFile:
 
         Args:
             name: What the program calls it.
-            kind: `float16`, `float32`, `int8`, or `int4` for bytes that hold two each, the first in the low
-                half.
+            kind: `float16`, `float32`, `int8`, or `int4`, `uint4` and `uint6` for bytes that hold several,
+                the first in the lowest bits.
             array: Its values.
         """
         if name in self.offsets:

@@ -13,7 +13,7 @@ from medgemma_export.models.spec import Component
 from medgemma_export.ops import RmsNorm
 from medgemma_export.plan_ops import PlanOps
 from medgemma_export.targets.coreml_ops import gain_array, identifier
-from medgemma_quantization.affine import unpack_int4
+from medgemma_quantization.affine import unpack_integers
 from medgemma_quantization.plan import QuantPlan
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.backends.mil import MilProgram, contents
@@ -134,9 +134,10 @@ def _same(
         found = stored.get("val")
         yield found is not None and found.dtype == expected.dtype and bool(np.array_equal(found, expected))
         return
-    yield stored.keys() == {"data", "scale"}
-    values = weights.stored_values(name)
-    if row.storage.bits == 4:
-        values = unpack_int4(values.view(np.uint8))
-    yield bool(np.array_equal(stored["data"], values))
-    yield bool(np.array_equal(stored["scale"], weights.scales(name)))
+    values, scales = unpack_integers(weights.stored_values(name), row.storage), weights.scales(name)
+    parts: dict[str, NDArray[Any]] = {"data": values, "scale": scales}
+    if row.storage.palette:
+        parts = {"indices": values, "lut": scales[:, None, :, None]}
+    yield stored.keys() == parts.keys()
+    for part, array in parts.items():
+        yield bool(np.array_equal(stored[part], array))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medgemma_export.models.spec import Component, ModelSpec
-from medgemma_quantization.plan import PackedWeight, QuantPlan
+from medgemma_quantization.plan import PackedWeight, QuantPlan, refuse_palettes
 from medgemma_quantization.scheme import INT8, SCHEMES, Scheme, SchemeName
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.backends.executorch import METHODS
@@ -68,6 +68,7 @@ class ExecutorchTarget:
                 f"delegate {self.delegate} is not lowered to by this version: it needs "
                 f"{_ELSEWHERE[self.delegate]}; use --delegate xnnpack or portable"
             )
+        refuse_palettes(plan, "XNNPACK")
         heads = {
             weight.name
             for component in model.components

@@ -25,7 +25,7 @@ from medgemma_export.models.spec import Component, ModelSpec
 from medgemma_export.targets.onnx_genai import write_genai_files
 from medgemma_export.targets.onnx_js import write_js_files
 from medgemma_export.targets.onnx_ops import DOMAIN, OnnxOps
-from medgemma_quantization.plan import PackedWeight, QuantPlan
+from medgemma_quantization.plan import PackedWeight, QuantPlan, refuse_palettes
 from medgemma_quantization.scheme import SCHEMES, Scheme, SchemeName
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.errors import EdgeError
@@ -62,6 +62,7 @@ class OnnxTarget:
                 f"scheme {plan.scheme} scales the residual stream by {plan.residual_scale:g}; ONNX Runtime "
                 "computes in float32, whose range needs no help: leave residual_scale out"
             )
+        refuse_palettes(plan, "ONNX Runtime")
         for row in plan.rows:
             if not row.storage.is_float and row.role == "table" and not row.storage.block:
                 raise EdgeError(

@@ -19,7 +19,7 @@ from medgemma_export.package import (
     require_resources,
 )
 from medgemma_export.recipe import Recipe
-from medgemma_export.targets import TARGETS
+from medgemma_export.targets import choose_target
 from medgemma_quantization.calibration import CalibrationSet, open_set
 from medgemma_quantization.methods import METHODS
 from medgemma_quantization.plan import QuantPlan, compare_packed, make_plan, note_unreached
@@ -72,7 +72,7 @@ def decide(recipe: Recipe) -> Decision:
             recipe.calibration, images=takes(model, "pixel_values"), texts=takes(model, "input_ids")
         )
         plan = note_unreached(plan, unreached_weights(model, samples))
-    TARGETS[recipe.target].check(model, plan)
+    choose_target(recipe.target, recipe.delegate).check(model, plan)
     return Decision(checkpoint=checkpoint, model=model, plan=plan, needs=predict_needs(plan), samples=samples)
 
 
@@ -95,7 +95,7 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
         weights = _quantize(recipe, decision, package.weights, progress)
         for name in model.extra_files:
             (package.directory / name).write_bytes(checkpoint.content(name))
-        components, packed = TARGETS[recipe.target].lower(
+        components, packed = choose_target(recipe.target, recipe.delegate).lower(
             model,
             weights,
             package.directory,

@@ -26,7 +26,7 @@ from medgemma_export.reference_prompts import (
     note_prompts,
 )
 from medgemma_export.reference_text import record_text_reference, records_text, sees_images
-from medgemma_export.targets import TARGETS
+from medgemma_export.targets import TARGETS, Delegate
 from medgemma_quantization.methods import MethodName
 from medgemma_quantization.scheme import SCHEMES, Scheme, load_scheme
 from medgemma_runtime.artifact import Artifact
@@ -117,6 +117,9 @@ def export(
     context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer together; all the model has if left.")
     ] = None,
+    delegate: Annotated[
+        Delegate | None, typer.Option(help="Who computes in an ExecuTorch program; xnnpack if left.")
+    ] = None,
     method: Annotated[MethodName, typer.Option(help="How integers are found.")] = "rtn",
     calibration: Annotated[
         str | None,
@@ -146,6 +149,7 @@ def export(
             method=method,
             calibration=calibration,
             calibration_bytes=int(calibration_memory * 1e9),
+            delegate=delegate,
         )
     except ValueError as error:
         raise EdgeError(str(error)) from None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from medgemma_export.targets import TARGETS
+from medgemma_export.targets import TARGETS, Delegate
 from medgemma_quantization.calibration import BUILTIN
 from medgemma_quantization.methods import METHODS, MethodName
 from medgemma_quantization.scheme import Scheme
@@ -28,6 +28,7 @@ class Recipe:
         method: How integers are found, a name from `METHODS`.
         calibration: A calibration set, as `open_set` takes it; None for none.
         calibration_bytes: Memory for activations; what does not fit goes to the disk.
+        delegate: Who computes in an ExecuTorch program; None is XNNPACK there, and nothing elsewhere.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Recipe:
     method: MethodName = "rtn"
     calibration: str | None = None
     calibration_bytes: int = 2 << 30
+    delegate: Delegate | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:

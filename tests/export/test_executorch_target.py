@@ -11,6 +11,7 @@ pytest.importorskip("executorch")
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
 from medgemma_export.emulation import executorch_integer_linear  # noqa: E402
 from medgemma_export.models import load_model  # noqa: E402
+from medgemma_export.targets import TARGETS, choose_target  # noqa: E402
 from medgemma_export.targets.executorch import ExecutorchTarget  # noqa: E402
 from medgemma_quantization.affine import quantize, range_scales  # noqa: E402
 from medgemma_quantization.plan import make_plan  # noqa: E402
@@ -69,20 +70,43 @@ def test_a_context_must_hold_a_question_and_fit_memory(medgemma, context, messag
     assert message in refusal(limited, SCHEMES["int4"])
 
 
+def test_only_executorch_has_delegates():
+    assert choose_target("executorch", "portable") == ExecutorchTarget(delegate="portable")
+    assert choose_target("onnx") is TARGETS["onnx"]
+    with pytest.raises(EdgeError, match="within --target executorch; onnx has none"):
+        choose_target("onnx", "xnnpack")
+    with pytest.raises(EdgeError, match="'cuda' is unknown; the delegates are xnnpack"):
+        choose_target("executorch", "cuda")
+
+
 @pytest.mark.parametrize("storage", [INT4, INT8])
 def test_the_emulation_equals_the_kernel(storage, tmp_path):
     from executorch.runtime import Runtime
 
     from medgemma_export.targets.executorch_lower import lower_program
-    from medgemma_export.targets.executorch_program import integers
+    from medgemma_export.ops import Linear
+    from medgemma_export.targets.executorch_ops import ExecutorchOps
+    from medgemma_export.targets.executorch_program import integer_matrix
 
     class Product(torch.nn.Module):
         def __init__(self, weight):
             super().__init__()
-            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+            self.values, self.scales, self.zeros = (
+                torch.nn.Buffer(part) for part in (weight.values, weight.scales, weight.zeros)
+            )
 
         def forward(self, x):
-            return torch.nn.functional.linear(x, self.weight)
+            held = replace(weight, values=self.values, scales=self.scales, zeros=self.zeros)
+            ops = ExecutorchOps(
+                floats={},
+                matrices={"product.weight": held},
+                look_up=None,
+                frequencies={},
+                averages={},
+                step=1,
+                context=1,
+            )
+            return ops.linear(x, Linear(name="product", inputs=96, outputs=48, bias=False))
 
     rng = np.random.default_rng(3)
     matrix = rng.normal(size=(48, 96)).astype(np.float32)
@@ -90,7 +114,8 @@ def test_the_emulation_equals_the_kernel(storage, tmp_path):
     # Rows on one side of zero, on both, and all zero: each has its own range.
     x = torch.from_numpy(rng.normal(size=(1, 4, 96)).astype(np.float32))
     x = torch.cat((x, x.abs(), -x.abs(), torch.zeros(1, 1, 96)), 1)
-    module = Product(integers(tensor.values, tensor.scales, storage))
+    weight = integer_matrix(tensor.values, tensor.scales, storage)
+    module = Product(weight)
     exported = torch.export.export(module, (x,), strict=False)
     path = tmp_path / "product.pte"
     shares = lower_program({"forward": exported}, {}, path, with_xnnpack=True)

@@ -19,7 +19,10 @@ from executorch.backends.xnnpack.partition.config import (
     SinConfig,
 )
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
@@ -27,6 +30,7 @@ from medgemma_export.models.spec import Component
 from medgemma_export.targets.executorch_program import Constants
 from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.weights import QuantizedWeights
+from medgemma_runtime.backends.executorch import METHODS
 from medgemma_runtime.manifest import ImageSpec, PromptSpec
 
 __all__ = ["lower_program", "trace"]
@@ -34,6 +38,30 @@ __all__ = ["lower_program", "trace"]
 # XNNPACK's sine and cosine are polynomials for small angles, and positions turn by thousands of radians; its
 # GELU is the exact one, whichever form is asked for.
 _LEFT_TO_KERNELS = (SinConfig, CosConfig, GeluConfig)
+
+_OF_IMAGES = (METHODS["image"], METHODS["vision"])
+
+# Tells XNNPACK's lowering to leave out the passes for convolutions and for what training leaves behind.
+_LINEAR_ONLY = CompileSpec("dqlinear_partitioner", b"")
+
+
+class _Xnnpack(XnnpackPartitioner):
+    """Takes what XNNPACK computes as we want it computed.
+
+    Args:
+        has_images: Whether there are convolutions.
+    """
+
+    def __init__(self, *, has_images: bool) -> None:
+        super().__init__(configs=[kept for kept in ALL_PARTITIONER_CONFIGS if kept not in _LEFT_TO_KERNELS])
+        specs = [] if has_images else [_LINEAR_ONLY]
+        self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, specs)
+
+    def ops_to_not_decompose(
+        self, program: torch.export.ExportedProgram
+    ) -> tuple[list[torch._ops.OpOverload], None]:
+        """Without the test of each node, for which the whole program would be traced twice more."""
+        return [torch.ops.aten.linear.default], None
 
 
 class _Images(nn.Module):
@@ -47,7 +75,7 @@ class _Images(nn.Module):
         self._component, self.constants, self._rescale = component, constants, image.rescale
         self.mean = nn.Buffer(torch.tensor(image.mean).reshape(1, 3, 1, 1))
         self.std = nn.Buffer(torch.tensor(image.std).reshape(1, 3, 1, 1))
-        self.following = nn.Buffer(torch.arange(tokens - 1, -1, -1.0).reshape(1, -1, 1)) if tokens else None
+        self.following = nn.Buffer(torch.arange(tokens - 1, -1, -1.0).reshape(-1, 1)) if tokens else None
 
     def forward(self, pixels: Tensor) -> Tensor:
         """See the class."""
@@ -56,7 +84,7 @@ class _Images(nn.Module):
         result: Tensor = next(iter(outputs.values()))
         if self.following is None:
             return result
-        return torch.cat((result[None], self.following), -1)
+        return torch.cat((result, self.following), -1)[None]
 
 
 class _Texts(nn.Module):
@@ -68,7 +96,7 @@ class _Texts(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """See the class."""
-        outputs = self._component.forward(self.constants.ops(), {"input_ids": ids})
+        outputs = self._component.forward(self.constants.ops(), {"input_ids": ids[0]})
         result: Tensor = next(iter(outputs.values()))
         return result
 
@@ -82,9 +110,9 @@ class _Tokens(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """See the class."""
-        inputs = {"input_ids": ids, "image_features": None}
+        inputs = {"input_ids": ids[0], "image_features": None}
         [result] = self._component.forward(self.constants.ops(), inputs).values()
-        return torch.nn.functional.pad(result, (0, 1))
+        return torch.nn.functional.pad(result, (0, 1))[None]
 
 
 class _Decoder(nn.Module):
@@ -102,15 +130,15 @@ class _Decoder(nn.Module):
     def forward(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         """See the class."""
         inputs = {
-            "inputs_embeds": embeddings[..., :-1],
-            "position_ids": positions[None],
-            "image_blocks": embeddings[..., -1],
+            "inputs_embeds": embeddings[0, :, :-1],
+            "position_ids": positions,
+            "image_blocks": embeddings[0, :, -1],
             "attention_mask": None,
             "local_start": None,
         }
         caches = {name: getattr(self, held) for name, held in self._caches.items()}
         logits: Tensor = self._component.forward(self.constants.ops(), inputs | caches)["logits"]
-        return logits
+        return logits[None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +233,13 @@ def lower_program(
     Returns:
         For each method, how many operations XNNPACK took, and how many were left to kernels.
     """
-    kept = [config for config in ALL_PARTITIONER_CONFIGS if config not in _LEFT_TO_KERNELS]
-    partitioners = [XnnpackPartitioner(configs=kept)] if with_xnnpack else []
+    partitioners = {
+        name: [_Xnnpack(has_images=name in _OF_IMAGES)] if with_xnnpack else [] for name in programs
+    }
     with _quiet(), torch.no_grad():
         edge = to_edge_transform_and_lower(
             dict(programs),
-            partitioner=dict.fromkeys(programs, partitioners),
+            partitioner=partitioners,
             constant_methods=dict(constants),
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )

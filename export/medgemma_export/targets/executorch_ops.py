@@ -6,7 +6,9 @@ What XNNPACK cannot take splits a program, and every split costs a thread start.
 - GELU's tanh form is spelled out, because XNNPACK would compute the exact form in its place;
 - q and k are made in two halves, as rotary embedding pairs them, because XNNPACK cannot cut an axis of a
   tensor of free length;
-- attention is ExecuTorch's fused kernel, over keys that lie in buffers of the program.
+- attention is ExecuTorch's fused kernel, over keys that lie in buffers of the program;
+- what several matrices multiply is rounded to int8 once;
+- there is no batch axis: the strides of [S, H] do not depend on S, which spares the exporter much arithmetic.
 """
 
 import math
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from executorch.extension.llm.custom_ops import custom_ops as _register_attention  # noqa: F401
 from torch import Tensor
+from torch.ao.quantization.fx import _decomposed as _register_rounding  # noqa: F401
 from torch.nn import functional
 
 from medgemma_export.ops import (
@@ -31,11 +34,15 @@ from medgemma_export.ops import (
     Rotary,
     Table,
 )
+from medgemma_quantization.affine import INTEGER_RANGE
+from medgemma_quantization.scheme import Storage
 
-__all__ = ["ExecutorchOps", "Mask", "HALVES"]
+__all__ = ["ExecutorchOps", "IntegerMatrix", "Mask", "HALVES"]
 
 HALVES = ("first", "second")
 """The parts of a head that rotary embedding pairs: of each head's rows the first half, and the second."""
+
+_QUANTIZED = torch.ops.quantized_decomposed
 
 # Not infinite: a block of keys that are all unseen would give 0 / 0 in the kernel's running softmax.
 _UNSEEN = -1e30
@@ -59,15 +66,45 @@ class Mask:
     length: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class IntegerMatrix:
+    """A matrix of integers, as XNNPACK's exporter knows it.
+
+    Attributes:
+        values: [outputs, inputs] int8, whatever their bits.
+        scales: [outputs, blocks] float32, or [outputs].
+        zeros: Zeros of the same shape.
+        storage: Their bits and block.
+    """
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor
+    storage: Storage
+
+    def dequantized(self) -> Tensor:
+        """What XNNPACK folds into its product: [outputs, inputs] float32."""
+        held = (self.values, self.scales, self.zeros)
+        low, high = INTEGER_RANGE[self.storage.bits]
+        if self.storage.block:
+            result: Tensor = _QUANTIZED.dequantize_per_channel_group(
+                *held, low, high, torch.int8, self.storage.block, torch.float32
+            )
+        else:
+            result = _QUANTIZED.dequantize_per_channel(*held, 0, low, high, torch.int8)
+        return result
+
+
 @dataclass(kw_only=True)
 class ExecutorchOps:
-    """An `Ops[Tensor]` for `torch.export`, one sequence at a time.
+    """An `Ops[Tensor]` for `torch.export`, one sequence at a time and so without a batch axis.
+
+    Where `Ops` says [B, S, H] it takes and gives [S, H].
 
     Attributes:
         floats: Float weights by name; gains of `RmsNorm` have their 1 added, and those of heads' norms are
             found by name and half.
-        matrices: Matrices and tables by name, as `functional.linear` takes them; those of q and k by name and
-            half.
+        matrices: Matrices and tables by name; those of q and k by name and half.
         look_up: Rows of a table by name and ids.
         frequencies: [D / 2], turns of each pair at position 1.
         averages: [1, n] filled with 1 / width, by n and width.
@@ -76,18 +113,20 @@ class ExecutorchOps:
     """
 
     floats: Mapping[str, Tensor]
-    matrices: Mapping[str, Tensor]
+    matrices: Mapping[str, Tensor | IntegerMatrix]
     look_up: Callable[[str, Tensor], Tensor]
     frequencies: Mapping[Rotary, Tensor]
     averages: Mapping[tuple[int, int], Tensor]
     step: int
     context: int
     _angles: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _rounded: tuple[Tensor, Tensor] | None = None  # the last that was multiplied by integers, and its int8
 
     def patch_embedding(self, pixels: Tensor, weight: PatchEmbedding) -> Tensor:
         """See `Ops`."""
         kernel, bias = self.floats[f"{weight.name}.weight"], self.floats[f"{weight.name}.bias"]
-        return functional.conv2d(pixels, kernel, bias, stride=weight.patch).flatten(2).transpose(1, 2)
+        patches = functional.conv2d(pixels, kernel, bias, stride=weight.patch)
+        return patches.view(weight.width, -1).t()
 
     def embed(self, ids: Tensor, table: Table) -> Tensor:
         """See `Ops`."""
@@ -100,7 +139,7 @@ class ExecutorchOps:
     def linear(self, x: Tensor, weight: Linear) -> Tensor:
         """See `Ops`."""
         bias = self.floats[f"{weight.name}.bias"] if weight.bias else None
-        return functional.linear(x, self.matrices[f"{weight.name}.weight"], bias)
+        return self._multiply(x, f"{weight.name}.weight", bias)
 
     def project_together(self, x: Tensor, weights: tuple[Linear, ...]) -> tuple[Tensor, ...]:
         """See `Ops`."""
@@ -128,11 +167,11 @@ class ExecutorchOps:
 
     def expand(self, parameter: Parameter, like: Tensor) -> Tensor:
         """See `Ops`."""
-        return self.floats[parameter.name]
+        return self.floats[parameter.name].view(parameter.shape[1:])
 
     def token(self, x: Tensor, index: int) -> Tensor:
         """See `Ops`."""
-        return x[:, -1:] if index == -1 else x[:, index : index + 1]
+        return x[-1:] if index == -1 else x[index : index + 1]
 
     def scaled_embed(self, ids: Tensor, table: Table, scale: float) -> Tensor:
         """See `Ops`."""
@@ -154,12 +193,12 @@ class ExecutorchOps:
 
     def average_pool(self, x: Tensor, side: int, window: int) -> Tensor:
         """See `Ops`."""
-        grid = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], side, side)
-        return functional.avg_pool2d(grid, window).flatten(2).transpose(1, 2)
+        grid = x.t().reshape(1, -1, side, side)
+        return functional.avg_pool2d(grid, window).view(x.shape[1], -1).t()
 
     def join_batch(self, x: Tensor) -> Tensor:
         """See `Ops`."""
-        return x.flatten(0, 1)
+        return x
 
     def gated_mlp(self, x: Tensor, gate: Linear, up: Linear, down: Linear, activation: Activation) -> Tensor:
         """See `Ops`."""
@@ -170,7 +209,7 @@ class ExecutorchOps:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Ops`."""
         if rotary not in self._angles:  # the layers share them
-            turned = positions[..., None, None] * self.frequencies[rotary]
+            turned = positions[:, None, None] * self.frequencies[rotary]
             self._angles[rotary] = turned.cos(), turned.sin()
         angles = self._angles[rotary]
         q = self._rotated(x, weights.query, weights.query_norm, angles, heads.query)
@@ -180,24 +219,23 @@ class ExecutorchOps:
     def mask(
         self, positions: Tensor, blocks: Tensor, attention_mask: None, start: None, window: int | None
     ) -> Mask:
-        """See `Ops`. `blocks` are how many tokens of the same image follow, [1, S] float32."""
-        position = positions[0]
-        new: int = position.shape[0]
-        first: Any = position[0].item()  # an integer that is known only when the program runs
+        """See `Ops`. `blocks` are how many tokens of the same image follow, [S] float32."""
+        new: int = positions.shape[0]
+        first: Any = positions[0].item()  # an integer that is known only when the program runs
         torch._check(first >= 0)  # type: ignore[no-untyped-call]
         torch._check(first + new <= self.context)  # type: ignore[no-untyped-call]
         if window is None:
             length, key = first + new, torch.arange(first + new)
-            slots = position
+            slots = positions
         else:
             rows = min(self.context, window - 1 + self.step)
             length = torch.sym_min(first + new, rows)  # type: ignore[no-untyped-call]
-            last = position[-1:]
+            last = positions[-1:]
             key = last - torch.remainder(last - torch.arange(length), rows)
-            slots = torch.remainder(position, rows)
-        seen = key[None] <= (position + blocks[0].to(torch.int64))[:, None]
+            slots = torch.remainder(positions, rows)
+        seen = key[None] <= (positions + blocks.to(torch.int64))[:, None]
         if window is not None:
-            seen = seen & (position[:, None] - key[None] < window)
+            seen = seen & (positions[:, None] - key[None] < window)
         return Mask(values=torch.where(seen, 0.0, _UNSEEN), slots=slots[None], length=length)
 
     def cached_attention(
@@ -223,13 +261,21 @@ class ExecutorchOps:
 
     def logits(self, x: Tensor, table: Table) -> Tensor:
         """See `Ops`."""
-        return functional.linear(x, self.matrices[f"{table.name}.weight"])
+        return self._multiply(x, f"{table.name}.weight")
+
+    def _multiply(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
+        matrix = self.matrices[name]
+        if isinstance(matrix, Tensor):
+            return functional.linear(x, matrix, bias)
+        if self._rounded is None or self._rounded[0] is not x:
+            self._rounded = x, _round(x)
+        return functional.linear(self._rounded[1], matrix.dequantized(), bias)
 
     def _rotated(
         self, x: Tensor, weight: Linear, norm: RmsNorm, angles: tuple[Tensor, Tensor], heads: int
     ) -> Tensor:
         first, second = (
-            _pieces(functional.linear(x, self.matrices[f"{weight.name}.weight.{half}"]), heads)
+            self._multiply(x, f"{weight.name}.weight.{half}").view(-1, heads, norm.width // 2)
             for half in HALVES
         )
         mean = self._mean_square(first, norm.width) + self._mean_square(second, norm.width)
@@ -237,11 +283,20 @@ class ExecutorchOps:
         gains = [self.floats[f"{norm.name}.weight.{half}"] for half in HALVES]
         first, second = first * unit * gains[0], second * unit * gains[1]
         cos, sin = angles
-        return _join(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        return turned.view(-1, heads * norm.width)
 
     def _mean_square(self, x: Tensor, width: int) -> Tensor:
         """`sum(x ** 2) / width` over the last axis, which may be only a part of the width."""
         return functional.linear(x * x, self.averages[x.shape[-1], width])
+
+
+def _round(x: Tensor) -> Tensor:
+    """Each row rounded to int8 over its own range, as XNNPACK does it."""
+    ranges = _QUANTIZED.choose_qparams_per_token_asymmetric(x, torch.int8)
+    integers = _QUANTIZED.quantize_per_token(x, *ranges, -128, 127, torch.int8)
+    result: Tensor = _QUANTIZED.dequantize_per_token(integers, *ranges, -128, 127, torch.int8, torch.float32)
+    return result
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -250,10 +305,10 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 def _pieces(x: Tensor, count: int) -> Tensor:
-    """[1, S, count * D] to [1, S, count, D]."""
+    """[S, count * D] to [1, S, count, D], as the kernels want it."""
     return x.view(1, -1, count, x.shape[-1] // count)
 
 
 def _join(x: Tensor) -> Tensor:
-    """[1, S, count, D] to [1, S, count * D]."""
-    return x.view(1, -1, x.shape[2] * x.shape[3])
+    """[1, S, count, D] to [S, count * D]."""
+    return x.view(-1, x.shape[2] * x.shape[3])

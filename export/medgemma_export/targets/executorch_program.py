@@ -1,7 +1,7 @@
 """The constants of a component in the forms that its ExecuTorch program takes.
 
-Integers become torchao's `IntxUnpackedToInt8Tensor`, which carries them and their scales through
-`torch.export` as they are; XNNPACK packs them. Tables are looked up by ExecuTorch's own kernels.
+Integers and scales go through `torch.export` as they are; XNNPACK packs them. Tables are looked up by
+ExecuTorch's own kernels.
 """
 
 from collections.abc import Callable
@@ -15,25 +15,18 @@ from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F40
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torchao.quantization import IntxUnpackedToInt8Tensor
-from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-    IntxUnpackedToInt8TensorActivationQuantization,
-)
 
 from medgemma_export.models.spec import Component
 from medgemma_export.ops import HeadProjection, Heads, RmsNorm, Rotary, Table
 from medgemma_export.plan_ops import PlanOps
-from medgemma_export.targets.executorch_ops import HALVES, ExecutorchOps
+from medgemma_export.targets.executorch_ops import HALVES, ExecutorchOps, IntegerMatrix
 from medgemma_quantization.affine import INTEGER_RANGE, QuantizedTensor, pack_int4
 from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.scheme import FLOAT32, Storage
 from medgemma_quantization.weights import QuantizedWeights
 
-__all__ = ["Constants", "Survey", "half_rows", "integers", "look_up", "pack_table", "table_arrays"]
+__all__ = ["Constants", "Survey", "half_rows", "integer_matrix", "look_up", "pack_table", "table_arrays"]
 
-_PER_TOKEN = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
-# Stubs of PyTorch know no int4.
-_INTEGERS: dict[int, torch.dtype] = {bits: getattr(torch, f"int{bits}") for bits in (4, 8)}
 _LOOK_UP = {
     4: torch.ops.quantized_decomposed.embedding_4bit.dtype,
     8: torch.ops.quantized_decomposed.embedding_byte.dtype,
@@ -107,6 +100,16 @@ class _HeldTable:
     storage: Storage
 
 
+@dataclass(frozen=True, kw_only=True)
+class _HeldMatrix:
+    """A matrix of integers: the names of its parts, and how it is stored."""
+
+    values: str
+    scales: str
+    zeros: str
+    storage: Storage
+
+
 class Constants(nn.Module):
     """All that a component's program holds, under names that say what it is.
 
@@ -130,7 +133,7 @@ class Constants(nn.Module):
         super().__init__()
         self._step, self._context, self._note, self._weights = step, context, note, weights
         self._floats: dict[str, str] = {}
-        self._matrices: dict[str, str] = {}
+        self._matrices: dict[str, str | _HeldMatrix] = {}
         self._tables: dict[str, _HeldTable] = {}
         self._frequencies: dict[Rotary, str] = {}
         self._averages: dict[tuple[int, int], str] = {}
@@ -156,12 +159,23 @@ class Constants(nn.Module):
         """The operations over these constants; `torch.export` needs them asked for anew in each run."""
         return ExecutorchOps(
             floats={name: getattr(self, held) for name, held in self._floats.items()},
-            matrices={name: getattr(self, held) for name, held in self._matrices.items()},
+            matrices={name: self._matrix(held) for name, held in self._matrices.items()},
             look_up=self._look_up,
             frequencies={rotary: getattr(self, held) for rotary, held in self._frequencies.items()},
             averages={key: getattr(self, held) for key, held in self._averages.items()},
             step=self._step,
             context=self._context,
+        )
+
+    def _matrix(self, held: str | _HeldMatrix) -> Tensor | IntegerMatrix:
+        if isinstance(held, str):
+            matrix: Tensor = getattr(self, held)
+            return matrix
+        return IntegerMatrix(
+            values=getattr(self, held.values),
+            scales=getattr(self, held.scales),
+            zeros=getattr(self, held.zeros),
+            storage=held.storage,
         )
 
     def _look_up(self, name: str, ids: Tensor) -> Tensor:
@@ -190,21 +204,19 @@ class Constants(nn.Module):
             }
         if row.storage.is_float:
             matrix = self._weights.float(name)
-            tensors = [torch.from_numpy(np.ascontiguousarray(matrix[rows])) for rows in parts.values()]
+            for part, rows in parts.items():
+                self._matrices[part] = self._hold(part, torch.from_numpy(np.ascontiguousarray(matrix[rows])))
         else:
             whole = self._weights.quantized(name)
-            tensors = [
-                integers(whole.values[rows], whole.scales[rows], row.storage) for rows in parts.values()
-            ]
-        for part, tensor in zip(parts, tensors, strict=True):
-            self._matrices[part] = self._hold(part, tensor)
-        self._note(
-            PackedWeight(
-                name=name,
-                storage=_storage(tensors[0]),
-                shape=(sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]),
-            )
-        )
+            for part, rows in parts.items():
+                tensor = integer_matrix(whole.values[rows], whole.scales[rows], row.storage)
+                self._matrices[part] = _HeldMatrix(
+                    values=self._hold(part, tensor.values),
+                    scales=self._hold(f"{part}.scales", tensor.scales),
+                    zeros=self._hold(f"{part}.zeros", tensor.zeros),
+                    storage=tensor.storage,
+                )
+        self._note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
 
     def _hold_float(self, name: str, head_width: int | None, factor: float | None) -> None:
         array = self._weights.float(name)
@@ -253,27 +265,12 @@ def half_rows(rows: int, head_width: int) -> dict[str, NDArray[np.int64]]:
     return {half: halves[:, index].reshape(-1) for index, half in enumerate(HALVES)}
 
 
-def integers(values: NDArray[np.int8], scales: NDArray[np.float32], storage: Storage) -> Tensor:
-    """A matrix as torchao carries it: integers and scales as they are, activations rounded for each token."""
-    # Copies, because a page of the integers' file must not stay mapped.
-    held, factors = torch.from_numpy(np.array(values)), torch.from_numpy(np.array(scales))
-    matrix: Tensor = IntxUnpackedToInt8Tensor(
-        held,
-        factors,
-        torch.zeros_like(factors, dtype=torch.int8),
-        _INTEGERS[storage.bits],
-        (1, storage.block or held.shape[1]),
-        torch.float32,
-        _PER_TOKEN,
-    )
-    return matrix
-
-
-def _storage(tensor: Tensor) -> Storage:
-    """How a matrix is stored, read from what was made of it."""
-    if not isinstance(tensor, IntxUnpackedToInt8Tensor):
-        return FLOAT32
-    block = tensor.block_size[1]
-    return Storage(
-        bits=4 if tensor.target_dtype == _INTEGERS[4] else 8, block=0 if block == tensor.shape[1] else block
+def integer_matrix(values: NDArray[np.int8], scales: NDArray[np.float32], storage: Storage) -> IntegerMatrix:
+    """A matrix of integers for `IntegerMatrix.dequantized`."""
+    factors = np.ascontiguousarray(scales if storage.block else scales[:, 0])
+    return IntegerMatrix(
+        values=torch.from_numpy(np.ascontiguousarray(values)),
+        scales=torch.from_numpy(factors),
+        zeros=torch.zeros(factors.shape, dtype=torch.int8),
+        storage=storage,
     )

@@ -83,8 +83,8 @@ def test_only_executorch_has_delegates():
 def test_the_emulation_equals_the_kernel(storage, tmp_path):
     from executorch.runtime import Runtime
 
-    from medgemma_export.targets.executorch_lower import lower_program
     from medgemma_export.ops import Linear
+    from medgemma_export.targets.executorch_lower import lower_program
     from medgemma_export.targets.executorch_ops import ExecutorchOps
     from medgemma_export.targets.executorch_program import integer_matrix
 

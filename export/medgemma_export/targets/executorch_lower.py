@@ -27,6 +27,7 @@ from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 
 from medgemma_export.models.spec import Component
+from medgemma_export.targets.executorch_file import share_constants
 from medgemma_export.targets.executorch_program import Constants
 from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.weights import QuantizedWeights
@@ -45,7 +46,7 @@ _OF_IMAGES = (METHODS["image"], METHODS["vision"])
 _LINEAR_ONLY = CompileSpec("dqlinear_partitioner", b"")
 
 
-class _Xnnpack(XnnpackPartitioner):
+class _Xnnpack(XnnpackPartitioner):  # type: ignore[misc]
     """Takes what XNNPACK computes as we want it computed.
 
     Args:
@@ -249,6 +250,7 @@ def lower_program(
         )
     with path.open("wb") as file:
         lowered.write_to_file(file)
+    share_constants(path)
     return shares
 
 

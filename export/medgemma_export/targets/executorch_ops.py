@@ -104,7 +104,8 @@ class ExecutorchOps:
     Attributes:
         floats: Float weights by name; gains of `RmsNorm` have their 1 added, and those of heads' norms are
             found by name and half.
-        matrices: Matrices and tables by name; those of q and k by name and half.
+        matrices: Matrices and tables by name; those of q and k by name and half. Of an int4 table every two
+            columns are swapped: so packed, its bytes are those that look it up.
         look_up: Rows of a table by name and ids.
         frequencies: [D / 2], turns of each pair at position 1.
         averages: [1, n] filled with 1 / width, by n and width.
@@ -261,7 +262,9 @@ class ExecutorchOps:
 
     def logits(self, x: Tensor, table: Table) -> Tensor:
         """See `Ops`."""
-        return self._multiply(x, f"{table.name}.weight")
+        matrix = self.matrices[f"{table.name}.weight"]
+        is_swapped = isinstance(matrix, IntegerMatrix) and matrix.storage.bits == 4
+        return self._multiply(_swap_pairs(x) if is_swapped else x, f"{table.name}.weight")
 
     def _multiply(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor:
         matrix = self.matrices[name]
@@ -297,6 +300,12 @@ def _round(x: Tensor) -> Tensor:
     integers = _QUANTIZED.quantize_per_token(x, *ranges, -128, 127, torch.int8)
     result: Tensor = _QUANTIZED.dequantize_per_token(integers, *ranges, -128, 127, torch.int8, torch.float32)
     return result
+
+
+def _swap_pairs(x: Tensor) -> Tensor:
+    """[S, H] with every two columns swapped."""
+    pairs = x.view(-1, x.shape[1] // 2, 2)
+    return torch.cat((pairs[..., 1:], pairs[..., :1]), -1).view(-1, x.shape[1])
 
 
 def _gelu(x: Tensor) -> Tensor:

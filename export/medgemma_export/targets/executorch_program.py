@@ -5,7 +5,7 @@ ExecuTorch's own kernels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import executorch.kernels.quantized  # noqa: F401  registers the kernels that look tables up
@@ -25,7 +25,16 @@ from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.scheme import FLOAT32, Storage
 from medgemma_quantization.weights import QuantizedWeights
 
-__all__ = ["Constants", "Survey", "half_rows", "integer_matrix", "look_up", "pack_table", "table_arrays"]
+__all__ = [
+    "Constants",
+    "Survey",
+    "half_rows",
+    "head_integers",
+    "integer_matrix",
+    "look_up",
+    "pack_table",
+    "table_arrays",
+]
 
 _LOOK_UP = {
     4: torch.ops.quantized_decomposed.embedding_4bit.dtype,
@@ -41,6 +50,7 @@ class Survey(PlanOps):
 
     Attributes:
         multiplied: Names of the matrices and tables that inputs are multiplied by.
+        heads: Names of the tables among them.
         looked_up: Names of the tables that ids look up.
         halved: Width of a head, by the name of a weight that is needed in halves.
         gains: Factors of the gains that are stored less one, by name.
@@ -51,6 +61,7 @@ class Survey(PlanOps):
     def __init__(self, component: Component) -> None:
         super().__init__()
         self.multiplied: set[str] = set()
+        self.heads: set[str] = set()
         self.looked_up: set[str] = set()
         self.halved: dict[str, int] = {}
         self.gains: dict[str, float] = {}
@@ -70,6 +81,7 @@ class Survey(PlanOps):
 
     def logits(self, x: None, table: Table) -> None:
         """See `Ops`."""
+        self.heads.add(f"{table.name}.weight")
         self.multiplied.add(f"{table.name}.weight")
         super().logits(x, table)
 
@@ -143,7 +155,7 @@ class Constants(nn.Module):
             if name in survey.looked_up:
                 self._hold_table(name)
             if name in survey.multiplied:
-                self._hold_matrix(name, head_width)
+                self._hold_matrix(name, head_width, is_head=name in survey.heads)
             elif name not in survey.looked_up:
                 self._hold_float(name, head_width, survey.gains.get(name))
         for rotary in survey.rotaries:
@@ -195,7 +207,7 @@ class Constants(nn.Module):
         )
         self._note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
 
-    def _hold_matrix(self, name: str, head_width: int | None) -> None:
+    def _hold_matrix(self, name: str, head_width: int | None, *, is_head: bool) -> None:
         row = self._weights.plan.by_name[name]
         parts = {name: np.arange(row.stored_shape[0])}
         if head_width is not None:
@@ -207,7 +219,7 @@ class Constants(nn.Module):
             for part, rows in parts.items():
                 self._matrices[part] = self._hold(part, torch.from_numpy(np.ascontiguousarray(matrix[rows])))
         else:
-            whole = self._weights.quantized(name)
+            whole = head_integers(name, self._weights) if is_head else self._weights.quantized(name)
             for part, rows in parts.items():
                 tensor = integer_matrix(whole.values[rows], whole.scales[rows], row.storage)
                 self._matrices[part] = _HeldMatrix(
@@ -245,11 +257,23 @@ def pack_table(tensor: QuantizedTensor) -> tuple[NDArray[Any], NDArray[np.float1
     """A table as ExecuTorch's kernels look it up: rows, and scales as float16, which each of them fits."""
     values: NDArray[Any] = tensor.values
     if tensor.storage.bits == 4:
-        # ExecuTorch has the first of two integers in the high half of a byte.
-        swapped = values.reshape(-1, 2)[:, ::-1].reshape(values.shape)
-        values = pack_int4(np.ascontiguousarray(swapped), offset=8)
+        # ExecuTorch's kernel has the first of two integers in the high half of a byte.
+        values = pack_int4(_swap_pairs(values), offset=8)
     scales = tensor.scales if tensor.storage.block else tensor.scales[:, 0]
     return values, scales.astype(np.float16)
+
+
+def head_integers(name: str, weights: QuantizedWeights) -> QuantizedTensor:
+    """The integers of a table that inputs are multiplied by, in the order of `ExecutorchOps.matrices`.
+
+    XNNPACK has the first of two int4 in the low half of a byte, and the kernel that looks up in the high one.
+    """
+    table = weights.quantized(name)
+    return replace(table, values=_swap_pairs(table.values)) if table.storage.bits == 4 else table
+
+
+def _swap_pairs(values: NDArray[np.int8]) -> NDArray[np.int8]:
+    return np.ascontiguousarray(values.reshape(-1, 2)[:, ::-1]).reshape(values.shape)
 
 
 def table_arrays(name: str, weights: QuantizedWeights) -> list[NDArray[Any]]:

@@ -8,7 +8,7 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 from numpy.typing import NDArray
 
 from medgemma_export.models.spec import Component
-from medgemma_export.targets.executorch_program import Survey, half_rows, table_arrays
+from medgemma_export.targets.executorch_program import Survey, half_rows, head_integers, table_arrays
 from medgemma_quantization.affine import pack_int4
 from medgemma_quantization.scheme import Storage
 from medgemma_quantization.weights import QuantizedWeights
@@ -39,7 +39,7 @@ def compare_program(program: Path, component: Component, weights: QuantizedWeigh
     held += [bytes(buffer.storage) for buffer in file.program.constant_buffer]
     survey = Survey(component)
     for name in dict.fromkeys([*sorted(survey.multiplied), *sorted(survey.looked_up)]):
-        pieces = _pieces(name, weights, survey.halved.get(name)) if name in survey.multiplied else []
+        pieces = _pieces(name, weights, survey) if name in survey.multiplied else []
         if name in survey.looked_up:
             pieces += table_arrays(name, weights)
         for piece in pieces:
@@ -54,15 +54,15 @@ def compare_program(program: Path, component: Component, weights: QuantizedWeigh
                 )
 
 
-def _pieces(name: str, weights: QuantizedWeights, head_width: int | None) -> list[NDArray[Any]]:
+def _pieces(name: str, weights: QuantizedWeights, survey: Survey) -> list[NDArray[Any]]:
     """A matrix as XNNPACK's constants: integers and scales, those of q and k in halves."""
-    row = weights.plan.by_name[name]
+    row, head_width = weights.plan.by_name[name], survey.halved.get(name)
     every = [np.arange(row.stored_shape[0])]
     parts = every if head_width is None else list(half_rows(row.stored_shape[0], head_width).values())
     if row.storage.is_float:
         matrix = weights.float(name)
         return [np.ascontiguousarray(matrix[rows]) for rows in parts]
-    tensor = weights.quantized(name)
+    tensor = head_integers(name, weights) if name in survey.heads else weights.quantized(name)
     return [
         piece
         for rows in parts

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +29,7 @@ from medgemma_quantization.weights import (
 )
 from medgemma_runtime.errors import EdgeError
 
-__all__ = ["ModelInput", "Fidelity", "calibrate", "measure"]
-
-# Rows of the output head that are read at a time, and logits that are in memory at a time.
-_HEAD_ROWS = 1 << 14
-_LOGITS = 1 << 25
+__all__ = ["ModelInput", "calibrate", "run_lockstep"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,22 +45,6 @@ class ModelInput:
     pixels: NDArray[np.float32] | None = None
     ids: NDArray[np.int64] | None = None
     image_blocks: NDArray[np.int64] | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Fidelity:
-    """How a quantized decoder predicts, token by token, beside the float one.
-
-    Attributes:
-        kl: Kullback-Leibler divergence of the quantized distribution from the float one, nats, [tokens].
-        agrees: Whether both find the same token most likely, [tokens].
-        loss: Negative log-likelihood of the true next token, nats, for the float and the quantized model,
-            [2, tokens]; NaN where a sample ends.
-    """
-
-    kl: NDArray[np.float64]
-    agrees: NDArray[np.bool_]
-    loss: NDArray[np.float64]
 
 
 def calibrate(
@@ -100,33 +80,22 @@ def calibrate(
     directory.mkdir(parents=True, exist_ok=True)
     weights = QuantizedWeights(plan=plan, directory=directory, read=read)
     rounder = _Rounder(weights, find, progress or (lambda done, total: None))
+    run = partial(
+        run_lockstep,
+        model,
+        plan,
+        samples=samples,
+        predict=rounder.head,
+        spill=directory.parent,
+        memory_bytes=memory_bytes,
+    )
     if not all(is_whole(row, directory) for row in _tied_tables(model, plan)):
-        _run(model, weights, samples, memory_bytes, meet=_check_finite, predict=rounder.head, models=1)
-    _run(model, weights, samples, memory_bytes, meet=rounder, predict=rounder.head)
+        run((Memo(read),), meet=_check_finite)
+    run((Memo(read), Memo(weights.current)), meet=rounder)
     for row in plan.rows:
         if not row.storage.is_float and not weights.has(row.name):
             rounder((row.name,), None)
     return weights
-
-
-def measure(
-    model: ModelSpec, weights: QuantizedWeights, samples: Sequence[ModelInput], *, memory_bytes: int
-) -> Fidelity:
-    """Hold a quantized decoder's predictions against the float one's, weights only, activations float."""
-    found: list[Fidelity] = []
-    ids = [sample.ids for sample in samples if sample.ids is not None]
-
-    def predict(name: str, inputs: Samples) -> None:
-        found.append(_compare_predictions(weights, name, inputs, ids))
-
-    _run(model, weights, samples, memory_bytes, meet=_pass_by, predict=predict)
-    if not found:
-        raise EdgeError("the model predicts nothing, so its predictions cannot be compared")
-    return found[0]
-
-
-def _pass_by(names: tuple[str, ...], inputs: Samples | None) -> None:
-    """Meet weights and do nothing."""
 
 
 def _check_finite(names: tuple[str, ...], inputs: Samples | None) -> None:
@@ -195,23 +164,34 @@ def _tied_tables(model: ModelSpec, plan: QuantPlan) -> list[PlanRow]:
     ]
 
 
-def _run(
+def run_lockstep(
     model: ModelSpec,
-    weights: QuantizedWeights,
+    plan: QuantPlan,
+    memos: tuple[Memo, ...],
     samples: Sequence[ModelInput],
-    memory_bytes: int,
     *,
     meet: Meet,
     predict: Callable[[str, Samples], None],
-    models: Literal[1, 2] = 2,
+    spill: Path,
+    memory_bytes: int,
 ) -> None:
-    """Run every component on the samples that reach it: in the float model alone, or in the rounded, too."""
+    """Run every component on the samples that reach it, in several models side by side.
+
+    Args:
+        model: All its components, since later ones need the outputs of earlier ones.
+        plan: Names, shapes and roles of its weights.
+        memos: Where each model reads its weights, as floats.
+        samples: The inputs.
+        meet: See `LockstepOps`.
+        predict: See `LockstepOps`; called for the decoder.
+        spill: A directory for files of activations beyond `memory_bytes`; they are gone afterwards.
+        memory_bytes: Of activations.
+    """
     # Rounded weights are read as floats, once for all samples.
-    rows = tuple(replace(row, storage=FLOAT32) for row in weights.plan.rows)
-    plain = replace(weights, plan=replace(weights.plan, rows=rows))
-    memos = (Memo(weights.read), Memo(partial(_read_rounded, weights)))[:models]
-    with tempfile.TemporaryDirectory(dir=weights.directory.parent) as spill, torch.inference_mode():
-        store = SampleStore(memory_bytes, Path(spill), models=models)
+    rows = tuple(replace(row, storage=FLOAT32) for row in plan.rows)
+    plain = QuantizedWeights(plan=replace(plan, rows=rows), directory=spill, read=memos[0])
+    with tempfile.TemporaryDirectory(dir=spill) as place, torch.inference_mode():
+        store = SampleStore(memory_bytes, Path(place), models=len(memos))
         made: dict[str, Samples] = {}
         for component in model.components:
             inputs = _inputs(component, samples, made, store)
@@ -225,14 +205,6 @@ def _run(
                 predict=predict if component.name == "decoder" else None,
             )
             made |= component.forward(ops, inputs)
-
-
-def _read_rounded(weights: QuantizedWeights, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-    """A weight as it is by now."""
-    row = weights.plan.by_name[name]
-    if row.storage.is_float or not weights.has(name):
-        return weights.read(name, rows)
-    return weights.quantized(name, rows).dequantize()
 
 
 def _inputs(
@@ -287,51 +259,4 @@ def _features(
             for sample, features in zip(samples, found, strict=True)
             if sample.ids is not None
         ),
-    )
-
-
-def _compare_predictions(
-    weights: QuantizedWeights, name: str, inputs: Samples, ids: Sequence[NDArray[np.int64]]
-) -> Fidelity:
-    """The logits of all tokens in both models, some rows of the head at a time, never all at once.
-
-    The running maximum, the sum of exponentials and the sum of `exp(a) (a - b)` give the divergence:
-    `KL = sum(exp(a) (a - b)) / sum(exp(a)) - log sum(exp(a)) + log sum(exp(b))`.
-    """
-    states = [torch.from_numpy(np.concatenate(half)) for half in zip(*inputs.rows(), strict=True)]
-    truth = np.concatenate([[*row[1:], -1] for row in ids])
-    rows = weights.plan.by_name[name].shape[0]
-    tokens = len(truth)
-    peak = torch.full((2, tokens), -torch.inf, dtype=torch.float64)
-    best = torch.zeros((2, tokens), dtype=torch.int64)
-    total = torch.zeros((2, tokens), dtype=torch.float64)
-    weighted = torch.zeros(tokens, dtype=torch.float64)
-    true = torch.full((2, tokens), torch.nan, dtype=torch.float64)
-    for start in range(0, rows, _HEAD_ROWS):
-        piece = slice(start, min(start + _HEAD_ROWS, rows))
-        heads = [
-            torch.from_numpy(read(name, piece)) for read in (weights.read, partial(_read_rounded, weights))
-        ]
-        step = max(1, _LOGITS // (piece.stop - start))
-        for first in range(0, tokens, step):
-            part = slice(first, first + step)
-            logits = torch.stack([x[part] @ head.T for x, head in zip(states, heads, strict=True)])
-            high, index = logits.max(-1)
-            best[:, part] = torch.where(high > peak[:, part], index + start, best[:, part])
-            higher = torch.maximum(peak[:, part], high)
-            fading = (peak[:, part] - higher).exp()
-            powers = (logits - higher[..., None].float()).exp()
-            total[:, part] = total[:, part] * fading + powers.sum(-1)
-            difference = (powers[0] * (logits[0] - logits[1])).sum(-1)
-            weighted[part] = weighted[part] * fading[0] + difference
-            peak[:, part] = higher
-            here = torch.from_numpy(truth[part] - start)
-            inside = (here >= 0) & (here < piece.stop - start)
-            found = logits.gather(-1, here.clamp(0, piece.stop - start - 1).expand(2, -1)[..., None])[..., 0]
-            true[:, part] = torch.where(inside, found.double(), true[:, part])
-    log_total = peak + total.log()
-    return Fidelity(
-        kl=(weighted / total[0] - log_total[0] + log_total[1]).numpy(),
-        agrees=(best[0] == best[1]).numpy(),
-        loss=(log_total - true).numpy(),
     )

@@ -73,6 +73,12 @@ class QuantizedWeights:
         values = unpack_integers(self.stored_values(name, rows), row.storage)
         return QuantizedTensor(storage=row.storage, values=values, scales=self.scales(name, rows))
 
+    def current(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """A weight as it is by now: what its integers stand for once they are made, float before."""
+        if self.plan.by_name[name].storage.is_float or not self.has(name):
+            return self.read(name, rows)
+        return self.quantized(name, rows).dequantize()
+
     def stored_values(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """The integers as they lie on disk: as `pack_integers` packs them."""
         return _load(self.directory / f"{name}.values.npy", rows)

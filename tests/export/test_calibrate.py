@@ -9,16 +9,16 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from medgemma_export import calibrate as calibrate_module  # noqa: E402
+from medgemma_export import fidelity as fidelity_module  # noqa: E402
 from medgemma_export.build import build, decide  # noqa: E402
 from medgemma_export.calibrate import (  # noqa: E402
     ModelInput,
     calibrate,
-    measure,
 )
 from medgemma_export.calibration_inputs import model_inputs  # noqa: E402
 from medgemma_export.calibration_reach import check_chain, unreached_weights  # noqa: E402
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from medgemma_export.fidelity import Fidelity, measure  # noqa: E402
 from medgemma_export.models import ModelSpec, load_model  # noqa: E402
 from medgemma_export.recipe import Recipe  # noqa: E402
 from medgemma_export.torch_ops import compute  # noqa: E402
@@ -50,6 +50,18 @@ class Subject:
         return calibrate(
             model=self.model, directory=directory, find=METHODS[method].find, **(given | changes)
         )
+
+    def measure(self, weights: QuantizedWeights, samples: list[ModelInput] | None = None) -> Fidelity:
+        [fidelity] = measure(
+            self.model,
+            weights.plan,
+            self.read,
+            [weights.current],
+            self.samples if samples is None else samples,
+            spill=weights.directory.parent,
+            memory_bytes=PLENTY,
+        )
+        return fidelity
 
 
 def make_sample(seed: int, *, image_id: int | None, length: int = 40) -> ModelInput:
@@ -115,7 +127,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def test_predictions_in_lockstep_are_those_of_the_components(subject, calibrated, tmp_path):
     """In both models, at tokens before, right after and well after an image."""
     exact = quantize_weights(make_plan(SCHEMES["fp32"], subject.model.weights()), subject.read, tmp_path)
-    fidelity = measure(subject.model, calibrated, subject.samples, memory_bytes=PLENTY)
+    fidelity = subject.measure(calibrated)
     for number, length in ((0, 1), (1, 21), (1, 39), (2, 33)):
         sample = subject.samples[number]
         reference = log_softmax(last_logits(subject, exact, sample, length))
@@ -131,20 +143,20 @@ def test_predictions_in_lockstep_are_those_of_the_components(subject, calibrated
 
 
 def test_the_head_is_read_in_pieces(subject, calibrated, monkeypatch):
-    whole = measure(subject.model, calibrated, subject.samples[:2], memory_bytes=PLENTY)
-    monkeypatch.setattr(calibrate_module, "_HEAD_ROWS", 100)
-    monkeypatch.setattr(calibrate_module, "_LOGITS", 700)
-    pieces = measure(subject.model, calibrated, subject.samples[:2], memory_bytes=PLENTY)
+    whole = subject.measure(calibrated, subject.samples[:2])
+    monkeypatch.setattr(fidelity_module, "_HEAD_ROWS", 100)
+    monkeypatch.setattr(fidelity_module, "_LOGITS", 700)
+    pieces = subject.measure(calibrated, subject.samples[:2])
     np.testing.assert_allclose(pieces.kl, whole.kl, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(pieces.loss, whole.loss, rtol=1e-5)
     np.testing.assert_array_equal(pieces.agrees, whole.agrees)
 
 
 def test_calibration_brings_predictions_nearer(subject, calibrated, tmp_path):
-    divergences = {"gptq": measure(subject.model, calibrated, subject.samples, memory_bytes=PLENTY).kl.mean()}
+    divergences = {"gptq": subject.measure(calibrated).kl.mean()}
     for method in ("rtn", "search"):
         weights = subject.calibrate(tmp_path / method, method)
-        found = measure(subject.model, weights, subject.samples, memory_bytes=PLENTY)
+        found = subject.measure(weights)
         divergences[method] = found.kl.mean()
     assert divergences["gptq"] < 0.8 * divergences["search"] < divergences["rtn"]
 
@@ -271,7 +283,7 @@ def test_a_model_without_predictions_cannot_be_measured(tmp_path):
     weights = subject.calibrate(tmp_path / "weights", samples=samples)
     assert all(row.storage.is_float or weights.has(row.name) for row in plan.rows)
     with pytest.raises(EdgeError, match="the model predicts nothing"):
-        measure(model, weights, samples, memory_bytes=PLENTY)
+        subject.measure(weights, samples)
 
 
 class TestInputs:

@@ -1,23 +1,28 @@
-"""Parity, latency and generation reports as JSON files."""
+"""Parity, latency, generation and quantization reports as JSON files."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from medgemma_benchmarks.generation import GenerationReport
 from medgemma_benchmarks.latency import LatencyReport
 from medgemma_benchmarks.parity_report import ParityReport
+from medgemma_benchmarks.quantization_report import QuantizationReport
 from medgemma_runtime.errors import EdgeError
 
 __all__ = ["Result", "to_json", "read_result"]
 
-Result = ParityReport | LatencyReport | GenerationReport
+Result = ParityReport | LatencyReport | GenerationReport | QuantizationReport
 
-_PARITY: TypeAdapter[ParityReport] = TypeAdapter(ParityReport)
-_LATENCY: TypeAdapter[LatencyReport] = TypeAdapter(LatencyReport)
-_GENERATION: TypeAdapter[GenerationReport] = TypeAdapter(GenerationReport)
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {
+    "parity": TypeAdapter(ParityReport),
+    "latency": TypeAdapter(LatencyReport),
+    "generation": TypeAdapter(GenerationReport),
+    "quantization": TypeAdapter(QuantizationReport),
+}
 
 
 def to_json(results: Result | list[ParityReport]) -> str:
@@ -27,7 +32,7 @@ def to_json(results: Result | list[ParityReport]) -> str:
 
 
 def read_result(path: Path) -> list[Result]:
-    """Read what `medgemma-parity --out` or `medgemma-bench --out` wrote: one report or several.
+    """Read what `to_json` wrote: one report or several.
 
     Raises:
         EdgeError: If the file is absent, no JSON, or no such report.
@@ -43,19 +48,17 @@ def read_result(path: Path) -> list[Result]:
 
 def _read_one(path: Path, data: object) -> Result:
     kind = data.get("report") if isinstance(data, dict) else None
-    adapters: dict[
-        str, TypeAdapter[ParityReport] | TypeAdapter[LatencyReport] | TypeAdapter[GenerationReport]
-    ] = {"parity": _PARITY, "latency": _LATENCY, "generation": _GENERATION}
-    if not isinstance(kind, str) or kind not in adapters:
+    if not isinstance(kind, str) or kind not in _ADAPTERS:
         raise EdgeError(
-            f"{path} is no parity, latency or generation report; give files that medgemma-parity --out "
-            "and medgemma-bench --out wrote"
+            f"{path} is no parity, latency, generation or quantization report; give files that --out of "
+            "medgemma-parity, medgemma-bench or medgemma-reference quantization wrote"
         )
     try:
-        return adapters[kind].validate_json(json.dumps(data), strict=True)
+        report: Result = _ADAPTERS[kind].validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise EdgeError(
             f"{path} is not to the form of this version: {where}: {first['msg']}; measure again"
         ) from None
+    return report

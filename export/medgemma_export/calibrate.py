@@ -29,7 +29,7 @@ from medgemma_quantization.weights import (
 )
 from medgemma_runtime.errors import EdgeError
 
-__all__ = ["ModelInput", "calibrate", "run_lockstep"]
+__all__ = ["ModelInput", "calibrate", "round_apart", "run_lockstep", "as_floats"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,9 +92,7 @@ def calibrate(
     if not all(is_whole(row, directory) for row in _tied_tables(model, plan)):
         run((Memo(read),), meet=_check_finite)
     run((Memo(read), Memo(weights.current)), meet=rounder)
-    for row in plan.rows:
-        if not row.storage.is_float and not weights.has(row.name):
-            rounder((row.name,), None)
+    rounder.round_rest()
     return weights
 
 
@@ -105,6 +103,58 @@ def _check_finite(names: tuple[str, ...], inputs: Samples | None) -> None:
             f"{names[0]} has inputs that are not finite, in float already; look for the sample that does it, "
             "or get the checkpoint again"
         )
+
+
+def round_apart(
+    model: ModelSpec,
+    plan: QuantPlan,
+    read: ReadWeight,
+    samples: Sequence[ModelInput],
+    directory: Path,
+    *,
+    find: FindRounder,
+    memory_bytes: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[QuantizedWeights, list[tuple[str, ...]]]:
+    """Round every integer weight for the inputs that it has in the float model, as if it were the only one.
+
+    Args:
+        model: See `calibrate`, like all others.
+        plan: What to do.
+        read: Reads a float weight by name.
+        samples: The calibration set, as the model takes it.
+        directory: Where the integers go.
+        find: How to find them.
+        memory_bytes: Of activations.
+        progress: Called with the weights done and their number.
+
+    Returns:
+        The weights, and in order those that share their inputs.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = QuantizedWeights(plan=plan, directory=directory, read=read)
+    rounder = _Rounder(weights, find, progress or (lambda done, total: None))
+    together: list[tuple[str, ...]] = []
+
+    def meet(names: tuple[str, ...], inputs: Samples | None) -> None:
+        together.append(names)
+        _check_finite(names, inputs)
+        # A table that is also the output head is rounded for the head's inputs.
+        if inputs is not None:
+            rounder(names, inputs)
+
+    run_lockstep(
+        model,
+        plan,
+        (Memo(read),),
+        samples,
+        meet=meet,
+        predict=rounder.head,
+        spill=directory.parent,
+        memory_bytes=memory_bytes,
+    )
+    rounder.round_rest()
+    return weights, together
 
 
 class _Rounder:
@@ -120,6 +170,12 @@ class _Rounder:
     def head(self, name: str, inputs: Samples) -> None:
         """An output head."""
         self((name,), inputs)
+
+    def round_rest(self) -> None:
+        """Round what no sample reached."""
+        for row in self._weights.plan.rows:
+            if not row.storage.is_float and not self._weights.has(row.name):
+                self((row.name,), None)
 
     def __call__(self, names: tuple[str, ...], inputs: Samples | None) -> None:
         """See `Meet`."""
@@ -187,9 +243,6 @@ def run_lockstep(
         spill: A directory for files of activations beyond `memory_bytes`; they are gone afterwards.
         memory_bytes: Of activations.
     """
-    # Rounded weights are read as floats, once for all samples.
-    rows = tuple(replace(row, storage=FLOAT32) for row in plan.rows)
-    plain = QuantizedWeights(plan=replace(plan, rows=rows), directory=spill, read=memos[0])
     with tempfile.TemporaryDirectory(dir=spill) as place, torch.inference_mode():
         store = SampleStore(memory_bytes, Path(place), models=len(memos))
         made: dict[str, Samples] = {}
@@ -198,13 +251,19 @@ def run_lockstep(
             if inputs is None:
                 continue
             ops = LockstepOps(
-                models=tuple(TorchOps(weights=replace(plain, read=memo)) for memo in memos),
+                models=tuple(TorchOps(weights=as_floats(plan, memo)) for memo in memos),
                 memos=memos,
                 store=store,
                 meet=meet,
                 predict=predict if component.name == "decoder" else None,
             )
             made |= component.forward(ops, inputs)
+
+
+def as_floats(plan: QuantPlan, read: ReadWeight) -> QuantizedWeights:
+    """The weights of a plan as `read` gives them, rounded or not, padded where the plan says so."""
+    rows = tuple(replace(row, storage=FLOAT32) for row in plan.rows)
+    return QuantizedWeights(plan=replace(plan, rows=rows), directory=Path(), read=read)
 
 
 def _inputs(

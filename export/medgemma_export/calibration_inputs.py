@@ -1,11 +1,12 @@
 """Turns calibration samples into what a model takes, with the code that does it on the device."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medgemma_export.calibrate import ModelInput
 from medgemma_export.checkpoint import Checkpoint
@@ -17,7 +18,7 @@ from medgemma_runtime.manifest import PromptSpec, TextSpec
 from medgemma_runtime.prompt import Image, Message, Text, image_blocks, load_prompt_tokenizer
 from medgemma_runtime.text import load_tokenizer
 
-__all__ = ["model_inputs"]
+__all__ = ["model_inputs", "caption_inputs"]
 
 
 def model_inputs(samples: CalibrationSet, model: ModelSpec, checkpoint: Checkpoint) -> list[ModelInput]:
@@ -41,6 +42,16 @@ def model_inputs(samples: CalibrationSet, model: ModelSpec, checkpoint: Checkpoi
             except EdgeError as error:
                 raise EdgeError(f"calibration sample {sample.name}: {error}") from None
     return inputs
+
+
+def caption_inputs(
+    captions: Sequence[str], model: ModelSpec, checkpoint: Checkpoint
+) -> list[NDArray[np.int64]]:
+    """Captions as an encoder's text tower reads them, [1, S] each; none where it has no such tower."""
+    if model.text is None:
+        return []
+    with _tokenizer_directory(model, checkpoint) as directory:
+        return list(load_tokenizer(directory, model.text).encode(list(captions))[:, None])
 
 
 @contextmanager

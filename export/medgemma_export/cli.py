@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle
+from medgemma_benchmarks.quantization_table import print_quantization
+from medgemma_benchmarks.results import to_json
 from medgemma_export.build import Decision, build, decide
 from medgemma_export.checkpoint import open_checkpoint
 from medgemma_export.original import Device, Dtype
@@ -27,6 +29,7 @@ from medgemma_export.reference_prompts import (
 )
 from medgemma_export.reference_text import record_text_reference, records_text, sees_images
 from medgemma_export.targets import TARGETS, Delegate
+from medgemma_quantization.calibration import BUILTIN
 from medgemma_quantization.methods import MethodName
 from medgemma_quantization.scheme import SCHEMES, Scheme, load_scheme
 from medgemma_runtime.artifact import Artifact
@@ -278,6 +281,51 @@ def ablate(
         perplexity = (f"{parity.perplexity:.2f}", f"{parity.reference_perplexity:.2f}")
         table.add_row(name, str(parity.tokens), *divergence, share, *perplexity)
     Console().print(table)
+
+
+@_reference.command()
+def quantization(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The table, a JSON file; rows it holds already are kept.")],
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="METHOD:SCHEME, such as gptq:int4 or gptq:mine.toml, or a peer; repeat for more."),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Samples to calibrate on: a directory, a manifest file, or builtin.")
+    ] = BUILTIN,
+    tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of each held-out note to predict; all if left.")
+    ] = None,
+    revision: Revision = None,
+    calibration_memory: Annotated[
+        float, typer.Option(help="GB of memory for activations; the rest goes to the disk.")
+    ] = 2.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what ways to quantize cost a checkpoint, on notes or images that calibration never saw.
+
+    Weights only: activations stay float. One row for each method and scheme, and for what other toolchains
+    make of the same weights; medgemma-report draws the table.
+    """
+    from medgemma_export.quantization_table import DEFAULT_ROWS, parse_row, tabulate  # PyTorch
+
+    requests = [parse_row(text) for text in row or DEFAULT_ROWS]
+    with progress_bar("read the checkpoint") as progress:
+        report = tabulate(
+            model,
+            out,
+            rows=requests,
+            calibration=calibration,
+            tokens_per_text=tokens,
+            revision=revision,
+            memory_bytes=int(calibration_memory * 1e9),
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(to_json(report), nl=False)
+        return
+    print_quantization(report)
 
 
 @_reference.command()

@@ -1,21 +1,24 @@
-"""Holds what quantized decoders predict against what the float one does, token by token, all in one run."""
+"""Holds quantized models against the float one: predictions token by token, or embeddings of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medgemma_export.calibrate import ModelInput, run_lockstep
+from medgemma_export.calibrate import ModelInput, as_floats, run_lockstep
 from medgemma_export.lockstep_ops import Memo, Samples
 from medgemma_export.models import ModelSpec
+from medgemma_export.torch_ops import compute
 from medgemma_quantization.plan import QuantPlan
 from medgemma_quantization.weights import ReadWeight
 from medgemma_runtime.errors import EdgeError
 
-__all__ = ["Fidelity", "measure"]
+__all__ = ["Fidelity", "measure", "measure_apart", "embed_images"]
 
 # Rows of the output head that are read at a time, and logits of a model that are in memory at a time.
 _HEAD_ROWS = 1 << 14
@@ -65,14 +68,48 @@ def measure(
     Raises:
         EdgeError: If the model predicts nothing.
     """
+    memos = (Memo(read), *(Memo(one) for one in quantized))
+    return _measure(model, plan, memos, samples, spill, memory_bytes)
+
+
+def measure_apart(
+    model: ModelSpec,
+    plan: QuantPlan,
+    read: ReadWeight,
+    rounded: ReadWeight,
+    groups: Sequence[frozenset[str]],
+    samples: Sequence[ModelInput],
+    *,
+    spill: Path,
+    memory_bytes: int,
+) -> list[Fidelity]:
+    """The same for decoders of which only some weights are rounded: one result for each group of names.
+
+    What is not rounded is read once for all of them.
+    """
+    plain = Memo(read)
+
+    def choose(group: frozenset[str], name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        return rounded(name, rows) if name in group else plain(name, rows)
+
+    memos = (plain, *(Memo(partial(choose, group)) for group in groups))
+    return _measure(model, plan, memos, samples, spill, memory_bytes)
+
+
+def _measure(
+    model: ModelSpec,
+    plan: QuantPlan,
+    memos: tuple[Memo, ...],
+    samples: Sequence[ModelInput],
+    spill: Path,
+    memory_bytes: int,
+) -> list[Fidelity]:
     found: list[Fidelity] = []
     ids = [sample.ids for sample in samples if sample.ids is not None]
-    float_memo = Memo(read)
-    memos = (float_memo, *(Memo(one) for one in quantized))
 
     def predict(name: str, inputs: Samples) -> None:
         rows = plan.by_name[name].shape[0]
-        found.extend(_compare_predictions((read, *quantized), name, rows, inputs, ids))
+        found.extend(_compare_predictions(memos, name, rows, inputs, ids))
 
     run_lockstep(
         model, plan, memos, samples, meet=_pass_by, predict=predict, spill=spill, memory_bytes=memory_bytes
@@ -80,6 +117,43 @@ def measure(
     if not found:
         raise EdgeError("the model predicts nothing, so its predictions cannot be compared")
     return found
+
+
+def embed_images(
+    model: ModelSpec,
+    plan: QuantPlan,
+    readers: tuple[ReadWeight, ReadWeight],
+    *,
+    pixels: Sequence[NDArray[np.float32]],
+    captions: Sequence[NDArray[np.int64]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Unit embeddings: of images by the float and by the quantized tower, of captions by the float one.
+
+    Shapes:
+        pixels: [1, 3, H, W] each
+        captions: [1, S] each
+        results: [images, D] twice, [captions, D]
+
+    Raises:
+        EdgeError: If the model has no tower for images and one for texts.
+    """
+    parts = {component.name: component for component in model.components}
+    if not {"image", "text"} <= parts.keys():
+        raise EdgeError(
+            f"{model.architecture} neither predicts tokens nor compares images with texts, so there is "
+            "nothing to measure a rounding by"
+        )
+
+    def embed(name: str, read: ReadWeight, inputs: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+        weights = as_floats(plan, read)
+        [spec] = parts[name].inputs
+        found = [compute(parts[name], weights, {spec.name: one})["pooler_output"] for one in inputs]
+        vectors = np.concatenate(found).astype(np.float64)
+        unit: NDArray[np.float64] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return unit
+
+    read, quantized = readers
+    return embed("image", read, pixels), embed("image", quantized, pixels), embed("text", read, captions)
 
 
 def _pass_by(names: tuple[str, ...], inputs: Samples | None) -> None:

@@ -97,16 +97,23 @@ class Samples:
 
 
 class Memo:
-    """A reader that keeps what it has read until it is told to forget: all samples use it in turn."""
+    """A reader that keeps what it has read until it is told to forget: all samples use it in turn.
+
+    Of weights that are read in pieces it keeps the last piece, which several models may ask for.
+    """
 
     def __init__(self, read: ReadWeight) -> None:
         self._read = read
         self._kept: dict[str, NDArray[np.float32]] = {}
+        self._piece: tuple[str, slice, NDArray[np.float32]] | None = None
 
     def __call__(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """Read a weight, or some rows of it, which are not kept."""
+        """Read a weight, or some rows of it."""
         if rows is not None:
-            return self._read(name, rows)
+            if self._piece is None or self._piece[:2] != (name, rows):
+                self._piece = None  # before the next is read, so that memory holds one
+                self._piece = (name, rows, self._read(name, rows))
+            return self._piece[2]
         if name not in self._kept:
             self._kept[name] = self._read(name)
         return self._kept[name]
@@ -114,6 +121,7 @@ class Memo:
     def forget(self) -> None:
         """Forget all weights."""
         self._kept.clear()
+        self._piece = None
 
 
 class Meet(Protocol):
@@ -201,7 +209,7 @@ class LockstepOps:
         name = f"{table.name}.weight"
         self.meet((name,), None)
         wanted = torch.unique(torch.cat([tensor.flatten() for tensor in ids.tensors]))
-        tables = [self._gather(ops, name, wanted, table) * scale for ops in self.models]
+        tables = [rows * scale for rows in self._gather(name, wanted, table)]
 
         def look_up(ids: Tensor) -> Tensor:
             places = torch.searchsorted(wanted, ids)
@@ -307,16 +315,17 @@ class LockstepOps:
     def _meet(self, x: Samples, *weights: Linear) -> None:
         self.meet(tuple(f"{weight.name}.weight" for weight in weights), x)
 
-    def _gather(self, ops: TorchOps, name: str, wanted: Tensor, table: Table) -> Tensor:
-        """The wanted rows of a table, [wanted, width]."""
-        rows = torch.empty(len(wanted), table.width)
+    def _gather(self, name: str, wanted: Tensor, table: Table) -> list[Tensor]:
+        """The wanted rows of a table in each model, [wanted, width]."""
+        found = [torch.empty(len(wanted), table.width) for _ in self.models]
         for start in range(0, table.rows, _TABLE_ROWS):
             piece = slice(start, min(start + _TABLE_ROWS, table.rows))
             inside = (wanted >= piece.start) & (wanted < piece.stop)
             if inside.any():
-                values = torch.from_numpy(ops.weights.read(name, piece))
-                rows[inside] = values[wanted[inside] - piece.start]
-        return rows
+                for rows, ops in zip(found, self.models, strict=True):
+                    values = torch.from_numpy(ops.weights.read(name, piece))
+                    rows[inside] = values[wanted[inside] - piece.start]
+        return found
 
     def _one(self, compute: Callable[..., Tensor], *inputs: Samples) -> Samples:
         """One operation on every sample in every model."""

@@ -40,7 +40,14 @@ from medgemma_runtime.images import load_image
 from medgemma_runtime.sample_images import LABELS, SAMPLE_IMAGES, SampleImage, sample_image_path
 from medgemma_runtime.sample_notes import NOTES_LICENCE, SAMPLE_NOTES, load_note
 
-__all__ = ["CalibrationSet", "CalibrationSample", "open_set", "is_held_out", "BUILTIN"]
+__all__ = [
+    "CalibrationSet",
+    "CalibrationSample",
+    "open_set",
+    "held_out_set",
+    "is_held_out",
+    "BUILTIN",
+]
 
 BUILTIN: Final = "builtin"
 
@@ -185,6 +192,17 @@ def open_set(place: str, *, images: bool, texts: bool) -> CalibrationSet:
     return CalibrationSet(samples=tuple(samples))
 
 
+def held_out_set(*, images: bool, texts: bool) -> CalibrationSet:
+    """The built-in images and notes that `open_set` refuses: what quality is measured on.
+
+    Args:
+        images: Whether to take the images, each with what it shows.
+        texts: Whether to take the notes.
+    """
+    entries = _sample_entries(is_measured=True, images=images, texts=texts)
+    return CalibrationSet(samples=tuple(_read_sample(entry) for entry in entries))
+
+
 def is_held_out(sample: SampleImage) -> bool:
     """Whether a built-in image is measured on, and so never calibrated on."""
     return sample.file in _HELD_OUT_FILES
@@ -195,6 +213,11 @@ _Entries = list[tuple[str, _Entry | EdgeError]]
 
 def _builtin_entries(*, images: bool, texts: bool) -> _Entries:
     """Images that installed packages carry and the project's own notes, none of which is measured on."""
+    entries = _sample_entries(is_measured=False, images=images, texts=texts)
+    return [(entry.name, entry) for entry in entries]
+
+
+def _sample_entries(*, is_measured: bool, images: bool, texts: bool) -> list[_Entry]:
     shown = [
         _Entry(
             name=sample.name,
@@ -207,14 +230,15 @@ def _builtin_entries(*, images: bool, texts: bool) -> _Entries:
             licence=sample.licence,
         )
         for sample in SAMPLE_IMAGES
-        if images and not is_held_out(sample)
+        if images and is_held_out(sample) == is_measured
     ]
+    split = "held_out" if is_measured else "calibration"
     read = [
         _Entry(name=note.name, text=load_note(note), source="medgemma-edge", licence=NOTES_LICENCE)
         for note in SAMPLE_NOTES
-        if texts and note.split == "calibration"
+        if texts and note.split == split
     ]
-    return [(entry.name, entry) for entry in [*shown, *read]]
+    return [*shown, *read]
 
 
 def _directory_entries(directory: Path) -> _Entries:

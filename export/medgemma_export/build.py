@@ -20,6 +20,7 @@ from medgemma_export.package import (
 )
 from medgemma_export.recipe import Recipe
 from medgemma_export.targets import choose_target
+from medgemma_quantization.budget import Sensitivity, check_floor, choose_bits, predicted_kl
 from medgemma_quantization.calibration import CalibrationSet, open_set
 from medgemma_quantization.methods import METHODS
 from medgemma_quantization.plan import QuantPlan, compare_packed, make_plan, note_unreached
@@ -43,17 +44,29 @@ PLAN_NAME = "plan.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """All that is known before a weight is read: what `--dry-run` shows."""
+    """All that is known before weights are rounded: what `--dry-run` shows.
+
+    Attributes:
+        checkpoint: Where weights come from.
+        model: What they are for.
+        plan: How each is stored.
+        needs: What the export will take.
+        samples: The calibration set, if there is one.
+        predicted_kl: What a budget's plan is expected to cost predictions, nats, on that set; not measured.
+    """
 
     checkpoint: Checkpoint
     model: ModelSpec
     plan: QuantPlan
     needs: Needs
     samples: CalibrationSet | None
+    predicted_kl: float | None = None
 
 
-def decide(recipe: Recipe) -> Decision:
+def decide(recipe: Recipe, *, progress: Progress = lambda *step: None) -> Decision:
     """Open the checkpoint, describe its model, and decide how every weight is stored.
+
+    No weight is read, but for a budget: what bits are worth is then measured, unless a file says it.
 
     Raises:
         EdgeError: If the checkpoint, the adapter, the scheme or the target do not fit each other.
@@ -65,15 +78,27 @@ def decide(recipe: Recipe) -> Decision:
     check_tensors(checkpoint, model.checkpoint_shapes())
     model = _limit(_select(model, recipe.components), recipe.context)
     plan = make_plan(recipe.scheme, model.weights(), method=recipe.method)
-    samples = None
+    samples, expected = None, None
     if recipe.calibration is not None:
         check_chain(model)
         samples = open_set(
             recipe.calibration, images=takes(model, "pixel_values"), texts=takes(model, "input_ids")
         )
         plan = note_unreached(plan, unreached_weights(model, samples))
+        if recipe.budget is not None:
+            check_floor(plan, recipe.budget)
+            sensitivity = _sensitivity(recipe, checkpoint, model, plan, samples, progress)
+            plan = choose_bits(plan, sensitivity, recipe.budget)
+            expected = predicted_kl(sensitivity, (row.name for row in plan.rows if row.storage.bits == 8))
     choose_target(recipe.target, recipe.delegate).check(model, plan)
-    return Decision(checkpoint=checkpoint, model=model, plan=plan, needs=predict_needs(plan), samples=samples)
+    return Decision(
+        checkpoint=checkpoint,
+        model=model,
+        plan=plan,
+        needs=predict_needs(plan),
+        samples=samples,
+        predicted_kl=expected,
+    )
 
 
 def build(recipe: Recipe, *, progress: Progress) -> Artifact:
@@ -83,7 +108,7 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
         EdgeError: If something about the request or the checkpoint is wrong; nothing finished is left then.
     """
     require_absent(recipe.out)
-    decision = decide(recipe)
+    decision = decide(recipe, progress=progress)
     checkpoint, model, plan = decision.checkpoint, decision.model, decision.plan
     stamps = _stamps(checkpoint)
     require_resources(recipe.out, decision.needs)
@@ -137,6 +162,35 @@ def _quantize(recipe: Recipe, decision: Decision, directory: Path, progress: Pro
         find=find,
         memory_bytes=recipe.calibration_bytes,
         progress=lambda done, total: progress("calibrate", done, total),
+    )
+
+
+def _sensitivity(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    model: ModelSpec,
+    plan: QuantPlan,
+    samples: CalibrationSet,
+    progress: Progress,
+) -> Sensitivity:
+    """What 4 bits cost, from the recipe's file or measured."""
+    from medgemma_export.calibration_inputs import model_inputs  # PyTorch
+    from medgemma_export.sensitivity import open_sensitivity
+
+    progress("hash the checkpoint", 0, 1)
+    recipe.out.parent.mkdir(parents=True, exist_ok=True)
+    return open_sensitivity(
+        recipe.sensitivity,
+        model=model,
+        plan=plan,
+        read=model.reader(checkpoint),
+        samples=model_inputs(samples, model, checkpoint),
+        work=recipe.out.parent,
+        weights_sha256=checkpoint.weights_sha256(),
+        samples_sha256=samples.sha256,
+        method=recipe.method,
+        memory_bytes=recipe.calibration_bytes,
+        progress=progress,
     )
 
 

@@ -1,23 +1,19 @@
 """The command lines `medgemma-export` and `medgemma-reference`: parse, call, print."""
 
-import json
 import os
-from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle
+from medgemma_benchmarks.bundle import DecodedImage
 from medgemma_benchmarks.quantization_table import print_quantization
 from medgemma_benchmarks.results import to_json
-from medgemma_export.build import Decision, build, decide
+from medgemma_export.build import build, decide
 from medgemma_export.checkpoint import open_checkpoint
 from medgemma_export.original import Device, Dtype
 from medgemma_export.plain_onnx import export_plain_onnx
+from medgemma_export.printing import print_ablation, print_artifact, print_bundle, print_decision
 from medgemma_export.recipe import Recipe
 from medgemma_export.reference import record_reference
 from medgemma_export.reference_images import directory_images, read_labels, sample_images, sample_labels
@@ -29,11 +25,11 @@ from medgemma_export.reference_prompts import (
 )
 from medgemma_export.reference_text import record_text_reference, records_text, sees_images
 from medgemma_export.targets import TARGETS, Delegate
+from medgemma_quantization.budget import Budget, parse_size
 from medgemma_quantization.calibration import BUILTIN
 from medgemma_quantization.methods import MethodName
 from medgemma_quantization.scheme import SCHEMES, Scheme, load_scheme
-from medgemma_runtime.artifact import Artifact
-from medgemma_runtime.command import printable, progress_bar, run_app
+from medgemma_runtime.command import progress_bar, run_app
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import Precision, TargetName
 from medgemma_runtime.sample_images import LABELS
@@ -54,6 +50,9 @@ Examples:
   medgemma-export --target onnx --model google/medgemma-1.5-4b-it --adapter ./my-lora --precision int4
 
   medgemma-export --target onnx --model ./my-finetune --precision int4 --method gptq --calibration builtin
+
+  medgemma-export --target onnx --model ./my-finetune --precision int4 --method gptq --calibration builtin \\
+      --budget 2.6GB --sensitivity my-finetune.json
 """
 
 _REFERENCE_EXAMPLES = """
@@ -66,6 +65,8 @@ Examples:
   medgemma-reference record --model google/medgemma-4b-it --notes ./notes --device cuda --out reference
 
   medgemma-reference packing medsiglip-int8 --model google/medsiglip-448 --reference reference --out packing
+
+  medgemma-reference quantization --model ./my-finetune --row rtn:int4 --row gptq:5.5 --out table.json
 """
 
 _export = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -133,8 +134,23 @@ def export(
     calibration_memory: Annotated[
         float, typer.Option(help="GB of memory for their activations; the rest goes to the disk.")
     ] = 2.0,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Most that weights may take, such as 2.6GB: int8 for those that need it, else int4."
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="The same by what the plan may cost predictions: nats, as predicted.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(help="File with what 4 bits cost each weight; measured and written if not there."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Artifact directory; must not exist yet.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Print the plan and stop before reading weights.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the plan and stop; weights are read for a budget alone.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a checkpoint into an artifact that a phone, a tablet or a laptop runs."""
@@ -153,15 +169,19 @@ def export(
             calibration=calibration,
             calibration_bytes=int(calibration_memory * 1e9),
             delegate=delegate,
+            budget=_budget(budget, max_kl),
+            sensitivity=sensitivity,
         )
     except ValueError as error:
         raise EdgeError(str(error)) from None
     if dry_run:
-        _print_decision(decide(recipe), as_json=as_json)
+        with progress_bar("read the checkpoint") as progress:
+            decision = decide(recipe, progress=progress)
+        print_decision(decision, as_json=as_json)
         return
     with progress_bar("read the checkpoint") as progress:
         artifact = build(recipe, progress=progress)
-    _print_artifact(artifact, as_json=as_json)
+    print_artifact(artifact, as_json=as_json)
 
 
 @_reference.command()
@@ -205,7 +225,7 @@ def record(
                 dtype=dtype,
                 progress=progress,
             )
-        _print_bundle(bundle, as_json=as_json)
+        print_bundle(bundle, as_json=as_json)
         return
     if notes is not None:
         raise EdgeError(f"{model} is an encoder; --notes are for models that answer: leave them out")
@@ -228,7 +248,7 @@ def record(
             dtype=dtype,
             progress=progress,
         )
-    _print_bundle(bundle, as_json=as_json)
+    print_bundle(bundle, as_json=as_json)
 
 
 @_reference.command()
@@ -245,7 +265,7 @@ def packing(
 
     with progress_bar("read the checkpoint") as progress:
         bundle = record_packing(artifact, model, reference, out, revision=revision, progress=progress)
-    _print_bundle(bundle, as_json=as_json)
+    print_bundle(bundle, as_json=as_json)
 
 
 @_reference.command()
@@ -268,19 +288,7 @@ def ablate(
         found = measure(
             model, prompts=prompts, images=shown, revision=revision, device=device, progress=progress
         )
-    if as_json:
-        typer.echo(json.dumps({name: asdict(parity) for name, parity in found.items()}, indent=2))
-        return
-    typer.echo(f"{checkpoint.id} in float32, against itself unchanged; KL divergence in nats")
-    table = Table("change", box=None)
-    for heading in ("tokens", "KL mean", "KL p99", "same first", "perplexity", "unchanged"):
-        table.add_column(heading, justify="right")
-    for name, parity in found.items():
-        share = "none" if parity.agreement is None else f"{parity.agreement:.1%}"
-        divergence = (f"{parity.kl_mean:.2g}", f"{parity.kl_p99:.2g}")
-        perplexity = (f"{parity.perplexity:.2f}", f"{parity.reference_perplexity:.2f}")
-        table.add_row(name, str(parity.tokens), *divergence, share, *perplexity)
-    Console().print(table)
+    print_ablation(checkpoint.id, found, as_json=as_json)
 
 
 @_reference.command()
@@ -363,80 +371,16 @@ def _scheme(precision: Precision, scheme: str | None, target: TargetName) -> Sch
     return TARGETS[target].scheme("mobile") if scheme == "mobile" else load_scheme(Path(scheme))
 
 
+def _budget(size: str | None, max_kl: float | None) -> Budget | None:
+    if size is not None and max_kl is not None:
+        raise EdgeError("--budget and --max-kl are two ways to say how far to go; give one")
+    if size is None and max_kl is None:
+        return None
+    return Budget(size_bytes=None if size is None else parse_size(size), max_kl=max_kl)
+
+
 def _default_out(model: str, adapter: Path | None, target: TargetName, scheme: Scheme) -> Path:
     names = [Path(model.removeprefix("sample:")).name, target, scheme.name]
     if adapter is not None:
         names.insert(1, adapter.resolve().name)
     return Path("-".join(names))
-
-
-def _print_decision(decision: Decision, *, as_json: bool) -> None:
-    plan, needs = decision.plan, decision.needs
-    adapter, prompt = decision.checkpoint.adapter, decision.model.prompt
-    if as_json:
-        facts = {
-            "model": decision.checkpoint.id,
-            "adapter": adapter and adapter.name,
-            "context": prompt and prompt.context,
-            "bits_per_weight": plan.bits_per_weight,
-            "disk_bytes": needs.disk_bytes,
-            "memory_bytes": needs.memory_bytes,
-            "plan": json.loads(plan.to_json()),
-        }
-        typer.echo(json.dumps(facts))
-        return
-    title = decision.checkpoint.id + (f" with adapter {adapter.name}" if adapter else "")
-    context = f"context {prompt.context:,} tokens; " if prompt else ""
-    table = Table(
-        title=printable(f"{title}, {plan.bits_per_weight:.2f} bits per weight"),
-        caption=f"{context}the export needs {needs.memory_bytes / 1e9:.1f} GB of memory and "
-        f"{needs.disk_bytes / 1e9:.1f} GB of disk",
-    )
-    for heading in ("weights", "stored as", "MB", "why"):
-        table.add_column(heading, justify="right" if heading in ("weights", "MB") else "left")
-    counts: Counter[tuple[str, str]] = Counter()
-    sizes: Counter[tuple[str, str]] = Counter()
-    for row in plan.rows:
-        counts[str(row.storage), row.reason] += 1
-        sizes[str(row.storage), row.reason] += row.stored_bits // 8
-    for (storage, reason), count in counts.items():
-        table.add_row(str(count), storage, f"{sizes[storage, reason] / 1e6:.1f}", reason)
-    Console().print(table)
-
-
-def _print_bundle(bundle: ReferenceBundle, *, as_json: bool) -> None:
-    record = bundle.record
-    if as_json:
-        typer.echo(
-            json.dumps({"bundle": str(bundle.directory), "sha256": bundle.sha256, "kind": record.kind})
-        )
-        return
-    producer = record.producer
-    held = f"{len(record.images)} images, {len(record.labels)} labels"
-    if record.prompts:
-        predictions = sum(prompt.predictions for prompt in record.prompts)
-        held = f"{predictions} predictions in {len(record.prompts)} prompts, {len(record.images)} images"
-    typer.echo(
-        f"{bundle.directory}: {record.kind} reference of {record.model_id}, {held}, "
-        f"{producer.dtype} on {producer.device} ({producer.device_name})"
-    )
-
-
-def _print_artifact(artifact: Artifact, *, as_json: bool) -> None:
-    manifest = artifact.manifest
-    if as_json:
-        facts = {
-            "artifact": str(artifact.directory),
-            "size_bytes": artifact.size_bytes,
-            "bits_per_weight": manifest.quantization.bits_per_weight,
-            "seconds": manifest.build.seconds,
-            "peak_rss_bytes": manifest.build.peak_rss_bytes,
-        }
-        typer.echo(json.dumps(facts))
-        return
-    adapter = f" with adapter {manifest.model.adapter.name}" if manifest.model.adapter else ""
-    typer.echo(
-        f"{artifact.directory}: {manifest.model.id}{adapter} as {manifest.target} {manifest.precision}, "
-        f"{artifact.size_bytes / 1e6:.1f} MB ({manifest.quantization.bits_per_weight:.2f} bits per weight), "
-        f"{manifest.build.seconds:.0f} s, peak memory {manifest.build.peak_rss_bytes / 1e9:.2f} GB"
-    )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medgemma_export.targets import TARGETS, Delegate
+from medgemma_quantization.budget import Budget
 from medgemma_quantization.calibration import BUILTIN
 from medgemma_quantization.methods import METHODS, MethodName
 from medgemma_quantization.scheme import Scheme
@@ -29,6 +30,8 @@ class Recipe:
         calibration: A calibration set, as `open_set` takes it; None for none.
         calibration_bytes: Memory for activations; what does not fit goes to the disk.
         delegate: Who computes in an ExecuTorch program; None is XNNPACK there, and nothing elsewhere.
+        budget: How far 8-bit weights may go among those of a 4-bit scheme; None for the scheme as it is.
+        sensitivity: A file with what 4 bits on each weight cost; written if it is not there. None keeps none.
     """
 
     model: str
@@ -43,6 +46,8 @@ class Recipe:
     calibration: str | None = None
     calibration_bytes: int = 2 << 30
     delegate: Delegate | None = None
+    budget: Budget | None = None
+    sensitivity: Path | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -62,5 +67,17 @@ class Recipe:
             raise ValueError(
                 f"method {self.method} looks at no samples; leave the calibration set out, or choose another"
             )
+        if self.budget is not None and self.calibration is None:
+            raise ValueError(
+                f"a budget needs a calibration set to measure what bits are worth: {BUILTIN} or your own, "
+                "with a method that looks at it"
+            )
+        if self.budget is not None and self.scheme.precision != "int4":
+            raise ValueError(
+                f"a budget raises weights from int4 to int8 and the scheme is {self.scheme.name}; choose "
+                "precision int4"
+            )
+        if self.sensitivity is not None and self.budget is None:
+            raise ValueError("sensitivities are measured for a budget; name one, or leave their file out")
         if self.calibration_bytes < 1:
             raise ValueError(f"calibration_bytes must be above zero and is {self.calibration_bytes}")

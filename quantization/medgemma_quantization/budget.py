@@ -231,10 +231,10 @@ def _raised(plan: QuantPlan, names: Iterable[str]) -> QuantPlan:
 
 
 def _reason(row: PlanRow, budget: Budget, rank: int, share: Share, *, of: int) -> str:
-    together = f" with {len(share.names) - 1} others" if len(share.names) > 1 else ""
+    together = f" of {len(share.names)} weights" if len(share.names) > 1 else ""
     padded = row.reason.partition("; ")[2]
     return (
-        f"{budget}: 4 bits alone{together} cost {share.kl:.2g} nats, rank {rank} of {of} by cost for each bit"
+        f"{budget}: 4 bits{together} alone cost {share.kl:.2g} nats, rank {rank} of {of} by cost for each bit"
         + (f"; {padded}" if padded else "")
     )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Plot", "plot_cosines", "plot_heat_map", "plot_latency", "plot_size"]
+__all__ = ["Plot", "plot_cosines", "plot_heat_map", "plot_latency", "plot_quantization", "plot_size"]
 
 # Distinct in grey and for the common colour blindnesses (Okabe and Ito), by order of the artifacts.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -160,6 +160,41 @@ def plot_size(points: Mapping[str, tuple[int, float]]) -> Plot:
         alt="Size against the lowest cosine of an image: "
         + "; ".join(f"{label} {size / 1e6:.1f} MB, {value:.6f}" for label, (size, value) in points.items()),
         caption="What smaller costs: down and left is better.",
+    )
+
+
+def plot_quantization(curves: Mapping[str, Sequence[tuple[float, float]]], *, measure: str) -> Plot:
+    """What rounding costs against the bits it takes; the points of one method are joined.
+
+    Args:
+        curves: By method: bits per weight and cost of each row.
+        measure: What the cost is.
+    """
+    figure, axes = _figure(width=7.2, height=4.2)
+    for index, (label, points) in enumerate(curves.items()):
+        bits, costs = zip(*sorted(points), strict=True)
+        axes.plot(
+            bits,
+            costs,
+            marker=_MARKERS[index % 6],
+            color=_COLOURS[index % 6],
+            markersize=7,
+            linewidth=1.2,
+            label=label,
+        )
+    axes.set_yscale("log")
+    axes.margins(x=0.08, y=0.12)
+    axes.set_xlabel("bits per weight over all weights, scales included")
+    axes.set_ylabel(f"{measure} (logarithmic)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
+    return _plot(
+        figure,
+        alt=f"{measure} against bits per weight: "
+        + "; ".join(
+            f"{label} " + ", ".join(f"{cost:.3g} at {bits:.2f}" for bits, cost in sorted(points))
+            for label, points in curves.items()
+        ),
+        caption="What fewer bits cost, by method: down and left is better.",
     )
 
 

@@ -1,4 +1,4 @@
-"""One HTML page from parity, latency and generation reports: verdict first, then the evidence."""
+"""One HTML page from all kinds of reports: verdict first, then the evidence."""
 
 import json
 import math
@@ -13,7 +13,15 @@ from medgemma_benchmarks.generation import GenerationReport, Spread
 from medgemma_benchmarks.identity import ArtifactDescription
 from medgemma_benchmarks.latency import LatencyReport
 from medgemma_benchmarks.parity_report import Check, ImageParity, ParityReport, ReferenceDescription
-from medgemma_benchmarks.plots import Plot, plot_cosines, plot_heat_map, plot_latency, plot_size
+from medgemma_benchmarks.plots import (
+    Plot,
+    plot_cosines,
+    plot_heat_map,
+    plot_latency,
+    plot_quantization,
+    plot_size,
+)
+from medgemma_benchmarks.quantization_report import QuantizationReport
 from medgemma_benchmarks.results import Result
 from medgemma_runtime.errors import EdgeError, missing_package
 from medgemma_runtime.files import replacing
@@ -32,6 +40,7 @@ _KEY_METRICS = {
     "scheme": ("kl_mean", "cosine_min"),
     "end-to-end": ("agreement",),
 }
+_OfArtifact = ParityReport | LatencyReport | GenerationReport
 _SEVERITY = {"DIFFERENT": 0, None: 0, "NEAR_TIE": 1, "SAME": 2}
 
 
@@ -58,19 +67,31 @@ def write_report(results: Sequence[Result], out: Path) -> Path:
     The page is one file: no script, no other resource.
 
     Args:
-        results: Parity, latency and generation reports of artifacts of one checkpoint.
+        results: Parity, latency and generation reports of artifacts of one checkpoint, and tables of what its
+            quantization costs.
         out: A directory; created if absent.
 
     Raises:
         EdgeError: If there is no report, they are of several checkpoints, or two answer the same question.
     """
-    subjects = _subjects(results)
-    page = _render(_context(subjects))
+    if not results:
+        raise EdgeError("there is nothing to report; give files of medgemma-parity and medgemma-bench")
+    tables = [result for result in results if isinstance(result, QuantizationReport)]
+    of_artifacts = [result for result in results if not isinstance(result, QuantizationReport)]
+    checkpoints = {result.artifact.weights_sha256 for result in of_artifacts}
+    checkpoints |= {table.weights_sha256 for table in tables}
+    if len(checkpoints) > 1:
+        raise EdgeError(
+            f"the results are of {len(checkpoints)} checkpoints and a report shows artifacts of one; "
+            "write a report for each"
+        )
+    page = _render(_context(_subjects(of_artifacts), tables))
     out.mkdir(parents=True, exist_ok=True)
     data = {
         "parity": [asdict(result) for result in results if isinstance(result, ParityReport)],
         "latency": [asdict(result) for result in results if isinstance(result, LatencyReport)],
         "generation": [asdict(result) for result in results if isinstance(result, GenerationReport)],
+        "quantization": [asdict(table) for table in tables],
     }
     with replacing(out / "report.json") as stream:
         stream.write((json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
@@ -79,15 +100,8 @@ def write_report(results: Sequence[Result], out: Path) -> Path:
     return out / "report.html"
 
 
-def _subjects(results: Sequence[Result]) -> tuple[_Subject, ...]:
+def _subjects(results: Sequence[_OfArtifact]) -> tuple[_Subject, ...]:
     """Results by artifact, most precise first, each with a label that no other has."""
-    if not results:
-        raise EdgeError("there is nothing to report; give files of medgemma-parity and medgemma-bench")
-    if len(checkpoints := {result.artifact.weights_sha256 for result in results}) > 1:
-        raise EdgeError(
-            f"the results are of {len(checkpoints)} checkpoints and a report shows artifacts of one; "
-            "write a report for each"
-        )
     seen = set()
     for result in results:
         about = (
@@ -120,7 +134,7 @@ def _subjects(results: Sequence[Result]) -> tuple[_Subject, ...]:
     )
 
 
-def _of(artifact: ArtifactDescription, results: Sequence[Result], kind: type) -> tuple[Any, ...]:
+def _of(artifact: ArtifactDescription, results: Sequence[_OfArtifact], kind: type) -> tuple[Any, ...]:
     return tuple(
         result
         for result in results
@@ -128,13 +142,13 @@ def _of(artifact: ArtifactDescription, results: Sequence[Result], kind: type) ->
     )
 
 
-def _context(subjects: Sequence[_Subject]) -> dict[str, Any]:
+def _context(subjects: Sequence[_Subject], tables: Sequence[QuantizationReport]) -> dict[str, Any]:
     """Everything the template shows, in the order it shows it."""
     parities = [parity for subject in subjects for parity in subject.parities]
     latencies = [latency for subject in subjects for latency in subject.latencies]
     generations = [generation for subject in subjects for generation in subject.generations]
-    results: list[Result] = [*parities, *latencies, *generations]
-    model = subjects[0].artifact
+    results: list[_OfArtifact] = [*parities, *latencies, *generations]
+    model = subjects[0].artifact if subjects else tables[0]
     # The same reference for every artifact, so that columns can be compared.
     with_images = [subject for subject in subjects if subject.per_image is not None]
     reference = with_images[0].per_image if with_images else None
@@ -166,6 +180,7 @@ def _context(subjects: Sequence[_Subject]) -> dict[str, Any]:
         "rows": shown,
         "hidden": len(reference.images or ()) - len(shown) if reference else 0,
         "plots": _plots(subjects, comparable, shown),
+        "quantizations": [(table, _quantization_plots(table)) for table in tables],
         "stages": list(dict.fromkeys(stage for latency in latencies for stage in latency.stages)),
     }
 
@@ -239,6 +254,21 @@ def _plots(
     if timed:
         plots["latency"].append(plot_latency({label: result.stages for label, result in timed.items()}))
     return plots
+
+
+def _quantization_plots(table: QuantizationReport) -> list[Plot]:
+    """The curve of cost against bits, for predictions or for embeddings."""
+    predicted: dict[str, list[tuple[float, float]]] = {}
+    embedded: dict[str, list[tuple[float, float]]] = {}
+    for row in table.rows:
+        if row.predictions is not None:
+            predicted.setdefault(row.method, []).append((row.bits_per_weight, row.predictions.kl_mean))
+        if row.embeddings is not None:
+            # What float32 cannot tell from 1 has no logarithm.
+            error = max(1 - row.embeddings.cosine_mean, 1e-7)
+            embedded.setdefault(row.method, []).append((row.bits_per_weight, error))
+    measures = (("mean KL divergence, nats", predicted), ("1 - mean cosine", embedded))
+    return [plot_quantization(curves, measure=measure) for measure, curves in measures if curves]
 
 
 def _heat_maps(comparable: Sequence[_Subject], shown: Sequence[int]) -> list[Plot]:

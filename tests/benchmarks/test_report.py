@@ -244,10 +244,10 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path: Path, paritie
     [
         ("{", "is no JSON file"),
         ("[" * 100_000, "is no JSON file"),
-        ("{}", "no parity, latency or generation report"),
+        ("{}", "no parity, latency, generation or quantization report"),
         ('[{"report": "parity"}]', "not to the form of this version: artifact"),
-        ('{"report": ["parity"]}', "no parity, latency or generation report"),
-        ("3", "no parity, latency or generation report"),
+        ('{"report": ["parity"]}', "no parity, latency, generation or quantization report"),
+        ("3", "no parity, latency, generation or quantization report"),
     ],
 )
 def test_files_that_are_no_results_are_refused(tmp_path: Path, content: str, words: str) -> None:

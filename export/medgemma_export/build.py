@@ -95,7 +95,7 @@ def decide(recipe: Recipe, *, progress: Progress = lambda *step: None) -> Decisi
         checkpoint=checkpoint,
         model=model,
         plan=plan,
-        needs=predict_needs(plan),
+        needs=predict_needs(plan, calibration_bytes=None if samples is None else recipe.calibration_bytes),
         samples=samples,
         predicted_kl=expected,
     )

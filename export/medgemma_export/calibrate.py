@@ -29,7 +29,7 @@ from medgemma_quantization.weights import (
 )
 from medgemma_runtime.errors import EdgeError
 
-__all__ = ["ModelInput", "calibrate", "round_apart", "run_lockstep", "as_floats"]
+__all__ = ["ModelInput", "calibrate", "component_inputs", "round_apart", "run_lockstep", "as_floats"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -247,7 +247,7 @@ def run_lockstep(
         store = SampleStore(memory_bytes, Path(place), models=len(memos))
         made: dict[str, Samples] = {}
         for component in model.components:
-            inputs = _inputs(component, samples, made, store)
+            inputs = component_inputs(component, samples, made, store)
             if inputs is None:
                 continue
             ops = LockstepOps(
@@ -266,7 +266,7 @@ def as_floats(plan: QuantPlan, read: ReadWeight) -> QuantizedWeights:
     return QuantizedWeights(plan=replace(plan, rows=rows), directory=Path(), read=read)
 
 
-def _inputs(
+def component_inputs(
     component: Component, samples: Sequence[ModelInput], made: dict[str, Samples], store: SampleStore
 ) -> dict[str, Samples] | None:
     """A component's inputs, once for each model. None if no sample reaches it."""

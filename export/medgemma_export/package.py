@@ -154,11 +154,23 @@ class Needs:
     heaviest: str
 
 
-def predict_needs(plan: QuantPlan) -> Needs:
-    """From the plan alone; held against measurements in tests/export/test_package.py."""
+def predict_needs(plan: QuantPlan, *, calibration_bytes: int | None = None) -> Needs:
+    """From the plan alone; held against measurements in tests/export/test_package.py.
+
+    Args:
+        plan: What will be done.
+        calibration_bytes: Memory for activations where there are calibration samples; None for none. What of
+            them goes to the disk depends on the samples and is not counted.
+    """
     disk_bytes = sum(_made_bytes(row) + row.stored_bits // 8 + _SLACK_BYTES for row in plan.rows)
     steps = [(rounding_bytes(row), f"to round {row.name}") for row in plan.rows]
     steps += [(_lowering_bytes(row), f"to lower {row.name}") for row in plan.rows]
+    if calibration_bytes is not None:
+        steps += [
+            (calibration_bytes + _calibrating_bytes(row), f"to calibrate {row.name}")
+            for row in plan.rows
+            if not row.storage.is_float
+        ]
     memory_bytes, heaviest = max(steps)
     return Needs(
         disk_bytes=disk_bytes + _SMALL_FILES_BYTES,
@@ -186,8 +198,8 @@ def require_resources(out: Path, needs: Needs) -> None:
     if available < needs.memory_bytes:
         raise EdgeError(
             f"the export needs about {needs.memory_bytes / 1e9:.1f} GB of memory ({needs.heaviest}) and "
-            f"{available / 1e9:.1f} GB are available; close other programs, choose a lower --precision or "
-            "fewer --components, or use a machine with more memory"
+            f"{available / 1e9:.1f} GB are available; close other programs, choose a lower --precision, "
+            "fewer --components or a smaller --calibration-memory, or use a machine with more memory"
         )
 
 
@@ -231,6 +243,20 @@ def _made_bytes(row: PlanRow) -> int:
     if row.storage.is_float:
         return 0
     return math.prod(row.stored_shape) * row.storage.bits // 8 + row.scale_count * 4 + _SLACK_BYTES
+
+
+def _calibrating_bytes(row: PlanRow) -> int:
+    """In memory while a weight is rounded by what its inputs were, activations apart.
+
+    For n inputs, in bytes: their exact second moment 8 n², the drift 16 n², a factor of the moment 8 n², what
+    moves the weights 4 n² and the factor of the inverse 4 n²; then strips of 1024 inputs, the weights of one
+    operation in both models, four of this size at most, and one that is being rounded.
+    """
+    outputs, inputs = row.stored_shape
+    moments = 40 * inputs**2 + 4 * 8 * inputs * min(inputs, 1024)
+    if row.role == "table":
+        return moments + rounding_bytes(row)
+    return moments + 4 * 4 * outputs * inputs + rounding_bytes(row)
 
 
 def _lowering_bytes(row: PlanRow) -> int:

@@ -40,7 +40,7 @@ __all__ = ["measure_sensitivity", "open_sensitivity"]
 # Variants that run side by side: what is float in them is read once for all.
 _VARIANTS = 8
 # Of each text so many tokens are predicted, and of samples with images so many are taken: enough to rank by.
-_TEXT_TOKENS = 24
+_TEXT_TOKENS = 16
 _IMAGE_SAMPLES = 4
 
 

@@ -33,7 +33,7 @@ def observe(samples) -> Moments:
 
 
 def parts(moments: Moments) -> list[np.ndarray]:
-    sums = (moments.magnitude, moments.second, moments.drift)
+    sums = (moments.magnitude, *moments.second, moments.drift)
     for part in sums:
         part.carry()
     return [np.array(moments.rows), *(array for part in sums for array in (part.high, part.low))]
@@ -100,12 +100,19 @@ def test_moments_are_those_of_numpy():
 
 def test_wide_layers_are_added_in_strips(monkeypatch):
     x = np.random.default_rng(0).normal(size=(7, 50)).astype(np.float32)
-    whole, strips = Moments.zeros(50), Moments.zeros(50)
+    whole = Moments.zeros(50)
     whole.add(x, x + 1)
+    hessian, drift = whole.hessian(), whole.mean_drift()
     monkeypatch.setattr("medgemma_quantization.observers._STRIP", 16)
+    strips = Moments.zeros(50)
     strips.add(x, x + 1)
-    np.testing.assert_allclose(strips.hessian(), whole.hessian(), rtol=1e-5)
-    np.testing.assert_allclose(strips.mean_drift(), whole.mean_drift(), rtol=1e-5)
+    np.testing.assert_allclose(strips.hessian(), hessian, rtol=1e-5)
+    np.testing.assert_array_equal(strips.hessian(), strips.hessian().T)
+    np.testing.assert_allclose(strips.mean_drift(), drift, rtol=1e-5)
+    np.testing.assert_array_equal(strips.mean_drift(slice(20, 30)), strips.mean_drift()[20:30])
+    np.testing.assert_array_equal(strips.mean_square(), np.diagonal(strips.hessian()))
+    order = np.random.default_rng(1).permutation(50)
+    np.testing.assert_array_equal(strips.hessian(order), strips.hessian()[np.ix_(order, order)])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e8])

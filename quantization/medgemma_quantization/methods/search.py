@@ -30,7 +30,7 @@ _ROWS = 2048
 
 def searched(storage: Storage, moments: Moments | None) -> Rounder:
     """A `FindRounder`: nearest integers, for the scales with the least error."""
-    importance = None if moments is None else np.diagonal(moments.hessian()).astype(np.float32)
+    importance = None if moments is None else moments.mean_square().astype(np.float32)
 
     def round_rows(weight: NDArray[np.float32]) -> QuantizedTensor:
         return quantize(weight, storage, search_scales(weight, storage, importance))

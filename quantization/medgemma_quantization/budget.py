@@ -56,7 +56,8 @@ class Budget:
 
     def __str__(self) -> str:
         if self.size_bytes is not None:
-            return f"budget {_size(self.size_bytes)}"
+            unit, name = (1e9, "GB") if self.size_bytes >= 1e9 else (1e6, "MB")
+            return f"budget {self.size_bytes / unit:g} {name}"
         return f"budget {self.max_kl:g} nats"
 
 
@@ -240,4 +241,7 @@ def _reason(row: PlanRow, budget: Budget, rank: int, share: Share, *, of: int) -
 
 
 def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.3g} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.4g} MB"
+    """Rounded up, so that what is said to be enough is."""
+    unit, name = (10**9, "GB") if size_bytes >= 10**9 else (10**6, "MB")
+    digits = 3 - math.floor(math.log10(max(size_bytes, 1) / unit))
+    return f"{math.ceil(size_bytes / unit * 10**digits) / 10**digits:.{max(digits, 0)}f} {name}"

@@ -116,7 +116,8 @@ def test_too_little_memory_is_one_sentence(tmp_path, monkeypatch):
         require_resources(tmp_path / "out", NEEDS)
     assert str(caught.value) == (
         "the export needs about 2.0 GB of memory (to lower x.weight) and 2.0 GB are available; close other "
-        "programs, choose a lower --precision or fewer --components, or use a machine with more memory"
+        "programs, choose a lower --precision, fewer --components or a smaller --calibration-memory, or use "
+        "a machine with more memory"
     )
 
 

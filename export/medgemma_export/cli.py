@@ -10,10 +10,18 @@ from medgemma_benchmarks.bundle import DecodedImage
 from medgemma_benchmarks.quantization_table import print_quantization
 from medgemma_benchmarks.results import to_json
 from medgemma_export.build import build, decide
+from medgemma_export.calibration_reach import takes
 from medgemma_export.checkpoint import open_checkpoint
+from medgemma_export.models import load_model
 from medgemma_export.original import Device, Dtype
 from medgemma_export.plain_onnx import export_plain_onnx
-from medgemma_export.printing import print_ablation, print_artifact, print_bundle, print_decision
+from medgemma_export.printing import (
+    print_ablation,
+    print_artifact,
+    print_bundle,
+    print_decision,
+    print_ranges,
+)
 from medgemma_export.recipe import Recipe
 from medgemma_export.reference import record_reference
 from medgemma_export.reference_images import directory_images, read_labels, sample_images, sample_labels
@@ -26,7 +34,7 @@ from medgemma_export.reference_prompts import (
 from medgemma_export.reference_text import record_text_reference, records_text, sees_images
 from medgemma_export.targets import TARGETS, Delegate
 from medgemma_quantization.budget import Budget, parse_size
-from medgemma_quantization.calibration import BUILTIN
+from medgemma_quantization.calibration import BUILTIN, open_set
 from medgemma_quantization.methods import MethodName
 from medgemma_quantization.scheme import SCHEMES, Scheme, load_scheme
 from medgemma_runtime.command import progress_bar, run_app
@@ -63,6 +71,8 @@ Examples:
   medgemma-reference record --model ./my-finetune --images ./studies --labels labels.toml --out reference
 
   medgemma-reference record --model google/medgemma-4b-it --notes ./notes --device cuda --out reference
+
+  medgemma-reference ranges --model google/medgemma-4b-it --calibration ./studies
 
   medgemma-reference packing medsiglip-int8 --model google/medsiglip-448 --reference reference --out packing
 
@@ -334,6 +344,38 @@ def quantization(
         typer.echo(to_json(report), nl=False)
         return
     print_quantization(report)
+
+
+@_reference.command()
+def ranges(
+    model: Model,
+    calibration: Annotated[
+        str, typer.Option(help="Prompts: a directory, a manifest file, or builtin.")
+    ] = BUILTIN,
+    headroom: Annotated[
+        float, typer.Option(min=1.0, help="How many times the largest activation seen must fit float16.")
+    ] = 4.0,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how large activations become in each layer, and the residual scale that float16 needs."""
+    from medgemma_export.calibration_inputs import model_inputs  # PyTorch, which --help need not wait for
+    from medgemma_export.range_audit import audit_ranges
+
+    checkpoint = open_checkpoint(model, revision=revision)
+    described = load_model(checkpoint)
+    samples = open_set(
+        calibration, images=takes(described, "pixel_values"), texts=takes(described, "input_ids")
+    )
+    with progress_bar("prepare calibration samples") as progress:
+        audit = audit_ranges(
+            described,
+            described.reader(checkpoint),
+            model_inputs(samples, described, checkpoint),
+            memory_bytes=2 << 30,
+            progress=lambda done, total: progress("run the model", done, total),
+        )
+    print_ranges(checkpoint.id, samples.summary, audit, headroom=headroom, as_json=as_json)
 
 
 @_reference.command()

@@ -1,4 +1,4 @@
-"""What the targets' integer kernels do to activations, computed exactly in PyTorch.
+"""What the targets' kernels do to activations, computed exactly in PyTorch.
 
 A packing reference must round activations as the target does, or the rounding would hide a packing error.
 """
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from medgemma_export.ops import Heads, LayerNorm, Linear, Parameter, PatchEmbedding, RmsNorm, Table
+from medgemma_export.torch_ops import TorchOps
 from medgemma_quantization.affine import QuantizedTensor
 
-__all__ = ["onnx_integer_linear", "executorch_integer_linear"]
+__all__ = ["onnx_integer_linear", "executorch_integer_linear", "Float16Ops"]
 
 
 def onnx_integer_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
@@ -67,3 +69,78 @@ def executorch_integer_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
     rounded = ((x * steps).round() + zero).clamp(-128, 127) - zero
     matrix = torch.from_numpy(weight.dequantize()).double()
     return functional.linear(rounded.double() / steps.double(), matrix).float()
+
+
+class Float16Ops(TorchOps):
+    """An engine that keeps activations in float16: what passes between operations is rounded to it.
+
+    Within an operation sums are float32, as engines have them; what is beyond 65,504 becomes infinite.
+    """
+
+    def patch_embedding(self, pixels: Tensor, weight: PatchEmbedding) -> Tensor:
+        """See `Ops`."""
+        return _half(super().patch_embedding(pixels, weight))
+
+    def embed(self, ids: Tensor, table: Table) -> Tensor:
+        """See `Ops`."""
+        return _half(super().embed(ids, table))
+
+    def scaled_embed(self, ids: Tensor, table: Table, scale: float) -> Tensor:
+        """See `Ops`."""
+        return _half(super().scaled_embed(ids, table, scale))
+
+    def add_positions(self, x: Tensor, positions: Parameter) -> Tensor:
+        """See `Ops`."""
+        return _half(super().add_positions(x, positions))
+
+    def linear(self, x: Tensor, weight: Linear) -> Tensor:
+        """See `Ops`. All other linears are computed by this one."""
+        return _half(super().linear(_half(x), weight))
+
+    def layer_norm(self, x: Tensor, weight: LayerNorm) -> Tensor:
+        """See `Ops`."""
+        return _half(super().layer_norm(x, weight))
+
+    def rms_norm(self, x: Tensor, weight: RmsNorm) -> Tensor:
+        """See `Ops`."""
+        return _half(super().rms_norm(x, weight))
+
+    def residual_add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """See `Ops`."""
+        return _half(super().residual_add(x, branch))
+
+    def residual_norm(self, x: Tensor, branch: Tensor, weight: RmsNorm) -> tuple[Tensor, Tensor]:
+        """See `Ops`."""
+        total = _half(x + branch)
+        return total, self.rms_norm(total, weight)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, scale: float) -> Tensor:
+        """See `Ops`."""
+        return _half(super().attention(q, k, v, heads, scale))
+
+    def cached_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        mask: Tensor,
+        heads: Heads,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Ops`."""
+        result, key, value = super().cached_attention(q, k, v, past_key, past_value, mask, heads, scale)
+        return _half(result), key, value
+
+    def average_pool(self, x: Tensor, side: int, window: int) -> Tensor:
+        """See `Ops`."""
+        return _half(super().average_pool(x, side, window))
+
+    def logits(self, x: Tensor, table: Table) -> Tensor:
+        """See `Ops`."""
+        return _half(super().logits(x, table))
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.half().float()

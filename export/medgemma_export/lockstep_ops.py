@@ -143,6 +143,7 @@ class LockstepOps:
         meet: Called with every weight that may be integers, before it is used.
         predict: Called instead of the output head, with the inputs that every token has there: a decoder that
             reads a text predicts at each token, not only after the last. None for a component without head.
+        grown: Called with the residual stream when it begins and whenever something has been added to it.
     """
 
     models: tuple[TorchOps, ...]
@@ -150,6 +151,7 @@ class LockstepOps:
     store: SampleStore
     meet: Meet
     predict: Callable[[str, Samples], None] | None = None
+    grown: Callable[[Samples], None] | None = None
     _head_inputs: list[Samples] = field(default_factory=list)
 
     def patch_embedding(self, pixels: Samples, weight: PatchEmbedding) -> Samples:
@@ -162,7 +164,7 @@ class LockstepOps:
 
     def add_positions(self, x: Samples, positions: Parameter) -> Samples:
         """See `Ops`."""
-        return self._one(lambda ops, x: ops.add_positions(x, positions), x)
+        return self._grow(self._one(lambda ops, x: ops.add_positions(x, positions), x))
 
     def linear(self, x: Samples, weight: Linear) -> Samples:
         """See `Ops`."""
@@ -187,7 +189,7 @@ class LockstepOps:
 
     def residual_add(self, x: Samples, branch: Samples) -> Samples:
         """See `Ops`."""
-        return self._one(lambda ops, x, y: ops.residual_add(x, y), x, branch)
+        return self._grow(self._one(lambda ops, x, y: ops.residual_add(x, y), x, branch))
 
     def attention(self, q: Samples, k: Samples, v: Samples, heads: Heads, scale: float) -> Samples:
         """See `Ops`."""
@@ -216,16 +218,17 @@ class LockstepOps:
             parts = _parts(places, self.store.models)
             return torch.cat([rows[part] for rows, part in zip(tables, parts, strict=True)])
 
-        return Samples(self.store, (look_up(tensor) for tensor in ids.tensors))
+        return self._grow(Samples(self.store, (look_up(tensor) for tensor in ids.tensors)))
 
     def place_images(self, embeddings: Samples, ids: Samples, features: Samples, image_id: int) -> Samples:
         """See `Ops`."""
-        return self._one(
+        placed = self._one(
             lambda ops, x, ids, features: ops.place_images(x, ids, features, image_id),
             embeddings,
             ids,
             features,
         )
+        return self._grow(placed)
 
     def rms_norm(self, x: Samples, weight: RmsNorm) -> Samples:
         """See `Ops`."""
@@ -234,7 +237,7 @@ class LockstepOps:
     def residual_norm(self, x: Samples, branch: Samples, weight: RmsNorm) -> tuple[Samples, Samples]:
         """See `Ops`."""
         total, normed = self._several(lambda ops, x, y: ops.residual_norm(x, y, weight), x, branch)
-        return total, normed
+        return self._grow(total), normed
 
     def average_pool(self, x: Samples, side: int, window: int) -> Samples:
         """See `Ops`."""
@@ -310,6 +313,11 @@ class LockstepOps:
         if self.predict is None:
             raise RuntimeError(f"{name} is an output head, and this component was said to have none")
         self.predict(name, x)
+        return x
+
+    def _grow(self, x: Samples) -> Samples:
+        if self.grown is not None:
+            self.grown(x)
         return x
 
     def _meet(self, x: Samples, *weights: Linear) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -15,7 +16,10 @@ from medgemma_quantization.plan import PlanRow
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.command import printable
 
-__all__ = ["print_decision", "print_artifact", "print_bundle", "print_ablation"]
+if TYPE_CHECKING:
+    from medgemma_export.range_audit import RangeAudit
+
+__all__ = ["print_decision", "print_artifact", "print_bundle", "print_ablation", "print_ranges"]
 
 
 def print_decision(decision: Decision, *, as_json: bool) -> None:
@@ -110,4 +114,36 @@ def print_ablation(model_id: str, found: Mapping[str, PredictionParity], *, as_j
         divergence = (f"{parity.kl_mean:.2g}", f"{parity.kl_p99:.2g}")
         perplexity = (f"{parity.perplexity:.2f}", f"{parity.reference_perplexity:.2f}")
         table.add_row(name, str(parity.tokens), *divergence, share, *perplexity)
+    Console().print(table)
+
+
+def print_ranges(model_id: str, samples: str, audit: "RangeAudit", *, headroom: float, as_json: bool) -> None:
+    """How large activations became in each layer, and the residual scale that float16 needs."""
+    scale = audit.residual_scale(headroom)
+    if as_json:
+        peaks = [
+            {**asdict(peak), "share": peak.share, "residual_scale": peak.residual_scale(headroom)}
+            for peak in audit.peaks
+        ]
+        facts = {"model": model_id, "calibration": samples, "headroom": headroom, "residual_scale": scale}
+        typer.echo(json.dumps({**facts, "peaks": peaks}, indent=2))
+        return
+    needs = "no decoder to scale" if scale is None else f"residual_scale = {scale:g}"
+    typer.echo(f"{model_id} in float32 on {samples}; at a headroom of {headroom:g}: {needs}")
+    table = Table("layer", "largest input of", box=None)
+    for heading in ("input", "residual", "of 65,504", "scale"):
+        table.add_column(heading, justify="right")
+    for layer, peaks in audit.layers().items():
+        inputs = [peak for peak in peaks if peak.kind == "input"]
+        sums = [peak for peak in peaks if peak.kind == "residual"]
+        largest = max(inputs, key=lambda peak: peak.value, default=None)
+        scales = [wanted for peak in sums if (wanted := peak.residual_scale(headroom)) is not None]
+        table.add_row(
+            layer,
+            largest.name.removeprefix(f"{layer}.") if largest else "",
+            f"{largest.value:,.1f}" if largest else "",
+            f"{max(peak.value for peak in sums):,.1f}" if sums else "",
+            f"{max(peak.share for peak in peaks):.1%}",
+            f"{min(scales):g}" if scales else "",
+        )
     Console().print(table)

@@ -3,12 +3,14 @@
 checkpoint -> ModelSpec -> QuantPlan -> QuantizedWeights -> Target.lower -> Artifact
 """
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medgemma_export.adapter import merge_adapter
-from medgemma_export.calibration_reach import check_chain, takes, unreached_weights
+from medgemma_export.calibration_reach import check_chain, reached_folds, takes, unreached_weights
 from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from medgemma_export.integers import make_integers
 from medgemma_export.models import ModelSpec, load_model
 from medgemma_export.package import (
     Needs,
@@ -22,9 +24,10 @@ from medgemma_export.recipe import Recipe
 from medgemma_export.targets import choose_target
 from medgemma_quantization.budget import Sensitivity, check_floor, choose_bits, predicted_kl
 from medgemma_quantization.calibration import CalibrationSet, open_set
+from medgemma_quantization.equalization import FACTORS_NAME, note_equalized
 from medgemma_quantization.methods import METHODS
 from medgemma_quantization.plan import QuantPlan, compare_packed, make_plan, note_unreached
-from medgemma_quantization.weights import QuantizedWeights, quantize_weights, source_fingerprint
+from medgemma_quantization.weights import QuantizedWeights, source_fingerprint
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.command import Progress
 from medgemma_runtime.errors import CheckpointError, EdgeError
@@ -90,6 +93,8 @@ def decide(recipe: Recipe, *, progress: Progress = lambda *step: None) -> Decisi
             sensitivity = _sensitivity(recipe, checkpoint, model, plan, samples, progress)
             plan = choose_bits(plan, sensitivity, recipe.budget)
             expected = predicted_kl(sensitivity, (row.name for row in plan.rows if row.storage.bits == 8))
+        if METHODS[recipe.method].factors is not None:
+            plan = note_equalized(plan, reached_folds(model, plan, samples))
     choose_target(recipe.target, recipe.delegate).check(model, plan)
     return Decision(
         checkpoint=checkpoint,
@@ -120,6 +125,8 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
         weights = _quantize(recipe, decision, package.weights, progress)
         for name in model.extra_files:
             (package.directory / name).write_bytes(checkpoint.content(name))
+        if (factors := package.weights / FACTORS_NAME).exists():
+            shutil.copy(factors, package.directory)
         components, packed = choose_target(recipe.target, recipe.delegate).lower(
             model,
             weights,
@@ -138,30 +145,22 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
 
 def _quantize(recipe: Recipe, decision: Decision, directory: Path, progress: Progress) -> QuantizedWeights:
     """Make the integers, with samples or without."""
-    checkpoint, model, plan = decision.checkpoint, decision.model, decision.plan
-    read, find = model.reader(checkpoint), METHODS[recipe.method].find
-    if decision.samples is None:
-        return quantize_weights(
-            plan,
-            read,
-            directory,
-            find=find,
-            progress=lambda done, total: progress("quantize", done, total),
-        )
-    from medgemma_export.calibrate import calibrate  # PyTorch
-    from medgemma_export.calibration_inputs import model_inputs
+    checkpoint, model = decision.checkpoint, decision.model
+    inputs = None
+    if decision.samples is not None:
+        from medgemma_export.calibration_inputs import model_inputs  # PyTorch
 
-    progress("prepare calibration samples", 0, 1)
-    inputs = model_inputs(decision.samples, model, checkpoint)
-    return calibrate(
+        progress("prepare calibration samples", 0, 1)
+        inputs = model_inputs(decision.samples, model, checkpoint)
+    return make_integers(
         model,
-        plan,
-        read,
+        decision.plan,
+        model.reader(checkpoint),
         inputs,
         directory,
-        find=find,
+        method=recipe.method,
         memory_bytes=recipe.calibration_bytes,
-        progress=lambda done, total: progress("calibrate", done, total),
+        progress=progress,
     )
 
 

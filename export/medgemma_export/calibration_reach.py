@@ -1,11 +1,14 @@
 """Which parts of a model a calibration set reaches: known from names, before anything is computed."""
 
+from medgemma_export.fold_ops import planned_folds
 from medgemma_export.models import ModelSpec
 from medgemma_export.models.spec import Component
 from medgemma_quantization.calibration import CalibrationSet
+from medgemma_quantization.folds import Fold
+from medgemma_quantization.plan import QuantPlan
 from medgemma_runtime.errors import EdgeError
 
-__all__ = ["check_chain", "takes", "takes_pixels", "unreached_weights"]
+__all__ = ["check_chain", "reached_folds", "takes", "takes_pixels", "unreached_weights"]
 
 
 def takes(model: ModelSpec, name: str) -> bool:
@@ -30,6 +33,12 @@ def unreached_weights(model: ModelSpec, samples: CalibrationSet) -> list[str]:
         for spec in component.weights()
     }
     return [spec.name for spec in model.weights() if spec.name not in reached]
+
+
+def reached_folds(model: ModelSpec, plan: QuantPlan, samples: CalibrationSet) -> tuple[Fold, ...]:
+    """The folds whose activations the set shows; the others get no factors."""
+    unreached = set(unreached_weights(model, samples))
+    return tuple(fold for fold in planned_folds(model, plan) if not unreached.intersection(fold.readers))
 
 
 def check_chain(model: ModelSpec) -> None:

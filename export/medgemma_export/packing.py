@@ -1,9 +1,9 @@
 """Records what an artifact's integers compute, without the artifact's engine: a packing reference.
 
-The integers are made again from the checkpoint and the plan; nothing is read from the artifact's weight
-files. For each input the bundle holds two outputs: `pooler_output`, with activations left float, and
-`rounded_output`, with the target's own rounding of activations. It also carries each program's exact form,
-which the device runs over the artifact's weight file.
+The integers are made again from the checkpoint, the plan, and the factors of a method that scales inputs;
+nothing is read from the artifact's weight files. For each input the bundle holds two outputs:
+`pooler_output`, with activations left float, and `rounded_output`, with the target's own rounding of
+activations. It also carries each program's exact form, which the device runs over the artifact's weight file.
 """
 
 import tempfile
@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, open_bundle, write_bundle
 from medgemma_export.checkpoint import open_checkpoint
 from medgemma_export.exact_program import write_exact_program
+from medgemma_export.fold_ops import planned_folds
 from medgemma_export.models import Component, load_model
 from medgemma_export.package import require_absent
 from medgemma_export.reference import describe_torch
 from medgemma_export.targets import TARGETS
 from medgemma_export.torch_ops import IntegerLinear, compute, weight_only
 from medgemma_export.unpack import compare_integers
+from medgemma_quantization.equalization import read_factors
+from medgemma_quantization.methods import METHODS
 from medgemma_quantization.plan import read_plan
 from medgemma_quantization.weights import QuantizedWeights, quantize_weights
 from medgemma_runtime.artifact import open_artifact
@@ -74,6 +77,13 @@ def record_packing(
         raise EdgeError(
             f"{artifact_directory.name} is fp32 and packs no integers; compare it with the reference"
         )
+    method = next((known for name, known in METHODS.items() if name == manifest.quantization.method), None)
+    if method is None or (method.sees_inputs and manifest.quantization.calibration is not None):
+        raise EdgeError(
+            f"the integers of {artifact_directory.name} were found by {manifest.quantization.method} with "
+            "calibration samples, which a packing reference does not have; compare the artifact with the "
+            "float reference"
+        )
     checkpoint = open_checkpoint(model, revision=revision)
     for what, weights_sha256 in (
         ("the checkpoint", checkpoint.weights_sha256()),
@@ -86,13 +96,17 @@ def record_packing(
             )
     plan = read_plan(artifact.path(manifest.quantization.plan))
     spec = load_model(checkpoint, residual_scale=plan.residual_scale)
+    read = spec.reader(checkpoint)
+    if method.factors is not None:
+        read = read_factors(artifact_directory, planned_folds(spec, plan)).reader(read)
     arrays: dict[str, NDArray[np.generic]] = dict(bundle.arrays)
     programs: dict[str, Path] = {}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
         weights = quantize_weights(
             plan,
-            spec.reader(checkpoint),
+            read,
             Path(work, "weights"),
+            find=method.find,
             progress=lambda done, total: progress("quantize", done, total),
         )
         rounding = TARGETS[manifest.target].integer_linear()

@@ -121,12 +121,12 @@ def print_ranges(model_id: str, samples: str, audit: "RangeAudit", *, headroom: 
     """How large activations became in each layer, and the residual scale that float16 needs."""
     scale = audit.residual_scale(headroom)
     if as_json:
-        peaks = [
+        rows = [
             {**asdict(peak), "share": peak.share, "residual_scale": peak.residual_scale(headroom)}
             for peak in audit.peaks
         ]
         facts = {"model": model_id, "calibration": samples, "headroom": headroom, "residual_scale": scale}
-        typer.echo(json.dumps({**facts, "peaks": peaks}, indent=2))
+        typer.echo(json.dumps({**facts, "peaks": rows}, indent=2))
         return
     needs = "no decoder to scale" if scale is None else f"residual_scale = {scale:g}"
     typer.echo(f"{model_id} in float32 on {samples}; at a headroom of {headroom:g}: {needs}")

@@ -379,8 +379,8 @@ class TestBuild:
             self.request(out, calibration=None)
         with pytest.raises(ValueError, match="method rtn looks at no samples"):
             self.request(out, method="rtn")
-        with pytest.raises(ValueError, match="method 'awq' is unknown; the methods are rtn, search, gptq"):
-            self.request(out, method="awq")
+        with pytest.raises(ValueError, match="method 'hqq' is unknown; the methods are rtn, search, gptq"):
+            self.request(out, method="hqq")
         with pytest.raises(ValueError, match="calibration_bytes must be above zero"):
             self.request(out, calibration_bytes=0)
         with pytest.raises(

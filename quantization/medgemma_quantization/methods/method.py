@@ -4,7 +4,7 @@ Rows of a weight are independent once the inputs are known, so a rounder takes a
 and large tables stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_quantization.affine import QuantizedTensor
+from medgemma_quantization.folds import Fold
 from medgemma_quantization.observers import Moments
 from medgemma_quantization.scheme import Storage
 
-__all__ = ["Method", "FindRounder", "Rounder"]
+__all__ = ["Method", "FindRounder", "FindFactors", "InputPeaks", "Rounder"]
 
 Rounder = Callable[[NDArray[np.float32]], QuantizedTensor]
 """Rounds rows of one weight, [rows, inputs]."""
@@ -26,6 +27,17 @@ FindRounder = Callable[[Storage, Moments | None], Rounder]
 It raises a ValueError where it cannot do without moments, or these are of no use.
 """
 
+InputPeaks = NDArray[np.float32]
+"""The largest magnitude of each input, [inputs]."""
+
+FindFactors = Callable[
+    [Fold, Moments, InputPeaks, Sequence[tuple[Storage, NDArray[np.float32]]]], NDArray[np.float32]
+]
+"""Finds the factors of one fold, [factors], from what its activation was and the matrices that read it.
+
+It raises a ValueError where the activation is of no use.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -34,7 +46,12 @@ class Method:
     Attributes:
         find: Prepares for a weight.
         samples: Whether it makes use of calibration samples.
+        sees_inputs: Whether rounding does, where there are samples: integers that follow from weights and
+            factors alone can be made again without them.
+        factors: Scales inputs before anything is rounded; None for a method that does not.
     """
 
     find: FindRounder
     samples: Literal["none", "optional", "needed"]
+    sees_inputs: bool
+    factors: FindFactors | None = None

@@ -233,7 +233,7 @@ def _manifest(
     return Manifest(
         schema_version=SCHEMA_VERSION,
         target=recipe.target,
-        precision=recipe.scheme.precision,
+        precision=plan.precision,
         model=ModelInfo(
             id=checkpoint.id,
             revision=checkpoint.revision,

@@ -65,7 +65,8 @@ def _blockwise(weight: NDArray[np.float32], *, symmetric: bool) -> NDArray[np.fl
     zero = np.full((outputs, blocks), 8, np.float32)
     if not symmetric:
         zero = _nibbles(zeros)[:, :blocks].astype(np.float32)
-    return ((values - zero[..., None]) * scales[..., None]).reshape(weight.shape)
+    rounded: NDArray[np.float32] = (values - zero[..., None]) * scales[..., None]
+    return rounded.reshape(weight.shape)
 
 
 def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -126,7 +126,8 @@ def parse_row(text: str) -> RowRequest:
             f"or a peer: {', '.join(PEERS)}"
         )
     bits = float(wish) if re.fullmatch(r"\d+(\.\d+)?", wish) else None
-    scheme = SCHEMES["int4" if bits else wish] if bits or wish in SCHEMES else load_scheme(Path(wish))
+    built_in = {str(name): scheme for name, scheme in SCHEMES.items()}
+    scheme = SCHEMES["int4"] if bits else built_in.get(wish) or load_scheme(Path(wish))
     if scheme.linear.is_float and scheme.table.is_float:
         raise EdgeError(f"row {text!r} rounds nothing: scheme {scheme.name} keeps all weights float")
     [known] = [name for name in get_args(MethodName) if name == method]

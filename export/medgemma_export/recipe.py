@@ -72,10 +72,10 @@ class Recipe:
                 f"a budget needs a calibration set to measure what bits are worth: {BUILTIN} or your own, "
                 "with a method that looks at it"
             )
-        if self.budget is not None and self.scheme.precision != "int4":
+        if self.budget is not None and (self.scheme.decoder or self.scheme.linear).bits != 4:
             raise ValueError(
                 f"a budget raises weights from int4 to int8 and the scheme is {self.scheme.name}; choose "
-                "precision int4"
+                "precision int4, or scheme mobile"
             )
         if self.sensitivity is not None and self.budget is None:
             raise ValueError("sensitivities are measured for a budget; name one, or leave their file out")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from medgemma_quantization.scheme import FLOAT16, FLOAT32, Activations, Scheme, Storage
 from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.manifest import Precision
 
 __all__ = [
     "QuantPlan",
@@ -34,6 +36,8 @@ __all__ = [
 
 Role = Literal["linear", "table", "patch", "norm", "bias", "position", "probe"]
 
+_PRECISIONS: dict[int, Precision] = {32: "fp32", 16: "fp16", 8: "int8", 4: "int4"}
+_PALETTE_PRECISIONS: dict[int, Precision] = {6: "lut6", 4: "lut4"}
 _SCALE_BITS = 16  # every scale fits float16; what a target widens it to is the target's cost
 _PALETTE_INPUTS = 4  # whose indices, 6 bits each, fill whole bytes
 _FLOAT_REASONS: dict[str, str] = {
@@ -54,12 +58,14 @@ class WeightSpec:
         shape: Its true shape.
         role: What it is used for.
         padded_axes: Axes that may grow by zeros without changing the model's output.
+        part: Whether a decoder uses it, which reads token by token, or an encoder.
     """
 
     name: str
     shape: tuple[int, ...]
     role: Role
     padded_axes: tuple[int, ...] = ()
+    part: Literal["encoder", "decoder"] = "encoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +126,17 @@ class QuantPlan:
     def weight_count(self) -> int:
         """Numbers in the model, padding excluded."""
         return sum(math.prod(row.shape) for row in self.rows)
+
+    @property
+    def precision(self) -> Precision:
+        """The short name of how most weights of matrices are stored."""
+        counts: Counter[Precision] = Counter()
+        for row in self.rows:
+            if row.role in ("linear", "table"):
+                names = _PALETTE_PRECISIONS if row.storage.palette else _PRECISIONS
+                counts[names[row.storage.bits]] += math.prod(row.shape)
+        [(precision, _)] = counts.most_common(1)
+        return precision
 
     @property
     def bits_per_weight(self) -> float:
@@ -205,8 +222,11 @@ def _decide(scheme: Scheme, spec: WeightSpec, unused: set[str]) -> PlanRow:
     storage = FLOAT16 if scheme.activations == "float16" else FLOAT32
     reason = _FLOAT_REASONS.get(spec.role, "")
     if spec.role in ("linear", "table"):
-        storage = scheme.linear if spec.role == "linear" else scheme.table
-        reason = f"scheme {scheme.name}: every {spec.role}"
+        storage, reason = scheme.table, f"scheme {scheme.name}: every {spec.role}"
+        if spec.role == "linear":
+            storage = scheme.linear
+            if scheme.decoder is not None and spec.part == "decoder":
+                storage, reason = scheme.decoder, f"scheme {scheme.name}: every linear of the decoder"
     for pattern, wanted in scheme.overrides:
         if re.fullmatch(pattern, spec.name):
             unused.discard(pattern)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from medgemma_runtime.errors import EdgeError
-from medgemma_runtime.manifest import Precision
 
 __all__ = [
     "Scheme",
@@ -76,9 +75,6 @@ INT4 = Storage(bits=4, block=32)
 LUT6 = Storage(bits=6, palette=8)
 LUT4 = Storage(bits=4, palette=8)
 
-_PRECISIONS: dict[int, Precision] = {32: "fp32", 16: "fp16", 8: "int8", 4: "int4"}
-_PALETTE_PRECISIONS: dict[int, Precision] = {6: "lut6", 4: "lut4"}
-
 Activations = Literal["float", "float16", "int8-dynamic"]
 SchemeName = Literal["fp32", "fp16", "int8", "int4", "mobile", "lut6", "lut4"]
 
@@ -95,6 +91,7 @@ class Scheme:
             `int8-dynamic` quantizes the input of every integer matrix at run time.
         residual_scale: Factor of a decoder's residual stream, a power of two of at most 1: float16 engines
             overflow without it.
+        decoder: Storage of a decoder's matrices, where other than `linear`.
         overrides: `(regular expression, storage)`; the first that matches the whole weight name wins.
     """
 
@@ -103,6 +100,7 @@ class Scheme:
     table: Storage
     activations: Activations
     residual_scale: float = 1.0
+    decoder: Storage | None = None
     overrides: tuple[tuple[str, Storage], ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -123,15 +121,7 @@ class Scheme:
             except re.error as error:
                 raise ValueError(f"override {pattern!r} is no regular expression: {error}") from None
 
-    @property
-    def precision(self) -> Precision:
-        """The short name of the matrices' storage."""
-        names = _PALETTE_PRECISIONS if self.linear.palette else _PRECISIONS
-        return names[self.linear.bits]
 
-
-# MedGemma's image tower and projector: a tenth of the weights, where four bits would save little.
-_VISION = r"(vision_tower|multi_modal_projector)\..*(_proj|fc1|fc2|input_projection)\.weight"
 # Of 64, not 32: kernels keep 8 to 12 bytes with each block, so blocks decide what a decoder takes in memory,
 # and how fast it answers (benchmarks/README.md).
 _INT4_WIDE = Storage(bits=4, block=64)
@@ -143,12 +133,9 @@ SCHEMES: dict[SchemeName, Scheme] = {
     "fp16": Scheme(name="fp16", linear=FLOAT16, table=FLOAT16, activations="float"),
     "int8": Scheme(name="int8", linear=INT8, table=INT8_BLOCKS, activations="int8-dynamic"),
     "int4": Scheme(name="int4", linear=INT4, table=INT4, activations="int8-dynamic"),
+    # A tenth of MedGemma's weights are the image tower's, where four bits would save little.
     "mobile": Scheme(
-        name="mobile",
-        linear=_INT4_WIDE,
-        table=_INT4_WIDE,
-        activations="int8-dynamic",
-        overrides=((_VISION, INT8),),
+        name="mobile", linear=INT8, decoder=_INT4_WIDE, table=_INT4_WIDE, activations="int8-dynamic"
     ),
     "lut6": Scheme(name="lut6", linear=LUT6, table=INT8_BLOCKS, activations="float"),
     "lut4": Scheme(name="lut4", linear=LUT4, table=INT8_BLOCKS, activations="float"),
@@ -167,7 +154,7 @@ def load_scheme(path: Path) -> Scheme:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         overrides = tuple((row.pop("match"), Storage(**row)) for row in data.pop("override", []))
-        for key in ("linear", "table"):
+        for key in {"linear", "table", *(data.keys() & {"decoder"})}:
             data[key] = Storage(**data[key])
         return Scheme(**data, overrides=overrides)
     except OSError as error:

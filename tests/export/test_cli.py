@@ -70,11 +70,6 @@ def test_the_mobile_scheme_stores_the_image_tower_in_int8_and_all_else_in_wide_b
     assert towers == {8}
 
 
-def test_the_mobile_scheme_is_for_models_with_an_image_tower_and_a_decoder(call):
-    code, _, error = call(export_main, *MEDSIGLIP, "--scheme", "mobile", "--dry-run")
-    assert code == 2 and "scheme mobile: no weight matches" in error
-
-
 def test_a_model_without_prompts_has_no_context_to_show(call):
     code, shown, _ = call(export_main, *MEDSIGLIP, "--dry-run")
     assert code == 0 and "context" not in shown
@@ -151,7 +146,11 @@ def test_examples_name_options_that_exist(call):
     """Every word of the examples that begins with -- is an option of the help above them."""
     for main, examples, commands in (
         (export_main, cli._EXAMPLES, [()]),
-        (reference_main, cli._REFERENCE_EXAMPLES, [("record",), ("packing",)]),
+        (
+            reference_main,
+            cli._REFERENCE_EXAMPLES,
+            [("record",), ("packing",), ("ranges",), ("quantization",)],
+        ),
     ):
         known = "".join(call(main, *command, "--help")[1] for command in commands)
         for word in examples.split():

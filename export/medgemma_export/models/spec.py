@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,7 +123,11 @@ class ModelSpec:
 
     def weights(self) -> list[WeightSpec]:
         """The weights of all components."""
-        return [weight for component in self.components for weight in component.weights()]
+        return [
+            replace(weight, part="decoder" if component.name in ("embed", "decoder") else "encoder")
+            for component in self.components
+            for weight in component.weights()
+        ]
 
     def checkpoint_shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors, and their shapes, that a checkpoint of this model holds."""

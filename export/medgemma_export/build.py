@@ -21,7 +21,7 @@ from medgemma_export.package import (
     require_resources,
 )
 from medgemma_export.recipe import Recipe
-from medgemma_export.targets import choose_target
+from medgemma_export.targets import Target, choose_target
 from medgemma_quantization.budget import Sensitivity, check_floor, choose_bits, predicted_kl
 from medgemma_quantization.calibration import CalibrationSet, open_set
 from medgemma_quantization.equalization import FACTORS_NAME, note_equalized
@@ -95,7 +95,7 @@ def decide(recipe: Recipe, *, progress: Progress = lambda *step: None) -> Decisi
             expected = predicted_kl(sensitivity, (row.name for row in plan.rows if row.storage.bits == 8))
         if METHODS[recipe.method].factors is not None:
             plan = note_equalized(plan, reached_folds(model, plan, samples))
-    choose_target(recipe.target, recipe.delegate).check(model, plan)
+    _target(recipe).check(model, plan)
     return Decision(
         checkpoint=checkpoint,
         model=model,
@@ -127,7 +127,7 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
             (package.directory / name).write_bytes(checkpoint.content(name))
         if (factors := package.weights / FACTORS_NAME).exists():
             shutil.copy(factors, package.directory)
-        components, packed = choose_target(recipe.target, recipe.delegate).lower(
+        components, packed = _target(recipe).lower(
             model,
             weights,
             package.directory,
@@ -141,6 +141,10 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
             )
         progress("hash the artifact", 0, 1)
         return package.publish(_manifest(recipe, decision, checkpoint_sha256, components, package))
+
+
+def _target(recipe: Recipe) -> Target:
+    return choose_target(recipe.target, units=recipe.units, delegate=recipe.delegate)
 
 
 def _quantize(recipe: Recipe, decision: Decision, directory: Path, progress: Progress) -> QuantizedWeights:

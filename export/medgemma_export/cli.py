@@ -32,7 +32,7 @@ from medgemma_export.reference_prompts import (
     note_prompts,
 )
 from medgemma_export.reference_text import record_text_reference, records_text, sees_images
-from medgemma_export.targets import TARGETS, Delegate
+from medgemma_export.targets import TARGETS, Delegate, Units
 from medgemma_quantization.budget import Budget, parse_size
 from medgemma_quantization.calibration import BUILTIN, open_set
 from medgemma_quantization.methods import MethodName
@@ -131,6 +131,9 @@ def export(
     context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer together; all the model has if left.")
     ] = None,
+    units: Annotated[
+        Units | None, typer.Option(help="Whose layout a Core ML program gets; gpu if left.")
+    ] = None,
     delegate: Annotated[
         Delegate | None, typer.Option(help="Who computes in an ExecuTorch program; xnnpack if left.")
     ] = None,
@@ -181,6 +184,7 @@ def export(
             delegate=delegate,
             budget=_budget(budget, max_kl),
             sensitivity=sensitivity,
+            units=units,
         )
     except ValueError as error:
         raise EdgeError(str(error)) from None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from medgemma_export.targets import TARGETS, Delegate
+from medgemma_export.targets import TARGETS, Delegate, Units
 from medgemma_quantization.budget import Budget
 from medgemma_quantization.calibration import BUILTIN
 from medgemma_quantization.methods import METHODS, MethodName
@@ -29,6 +29,7 @@ class Recipe:
         method: How integers are found, a name from `METHODS`.
         calibration: A calibration set, as `open_set` takes it; None for none.
         calibration_bytes: Memory for activations; what does not fit goes to the disk.
+        units: Whose layout a Core ML program gets; None is the GPU's there, and nothing elsewhere.
         delegate: Who computes in an ExecuTorch program; None is XNNPACK there, and nothing elsewhere.
         budget: How far 8-bit weights may go among those of a 4-bit scheme; None for the scheme as it is.
         sensitivity: A file with what 4 bits on each weight cost; written if it is not there. None keeps none.
@@ -45,6 +46,7 @@ class Recipe:
     method: MethodName = "rtn"
     calibration: str | None = None
     calibration_bytes: int = 2 << 30
+    units: Units | None = None
     delegate: Delegate | None = None
     budget: Budget | None = None
     sensitivity: Path | None = None

@@ -10,6 +10,7 @@ mil = pytest.importorskip("medgemma_export.targets.coreml_mil")
 from coremltools.libmilstoragepython import _BlobStorageReader, _BlobStorageWriter  # noqa: E402
 
 from medgemma_export.ops import RmsNorm  # noqa: E402
+from medgemma_export.targets.coreml_builder import MilBuilder  # noqa: E402
 from medgemma_export.targets.coreml_features import Feature, FunctionFeatures  # noqa: E402
 from medgemma_export.targets.coreml_ops import MilOps  # noqa: E402
 from medgemma_export.targets.coreml_package import (  # noqa: E402
@@ -74,7 +75,7 @@ def write_norm(directory, gain, *, half, scale=1.0):
     function = mil.new_function({"x": placeholder})
     packed = []
     with WeightFile(directory / WEIGHTS_PATH) as file, function:
-        ops = MilOps(weights=weights, file=file, note=packed.append, half=half)
+        ops = MilOps(mil=MilBuilder(weights=weights, file=file, note=packed.append, half=half))
         norm = RmsNorm(name="n", width=WIDTH, eps=EPS * scale**2, factor=scale)
         function.set_outputs([ops.output(ops.rms_norm(function.inputs["x"], norm), "y")])
     program = mil.Program()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, get_args
 
 from medgemma_export.models.spec import ModelSpec
-from medgemma_export.targets.coreml import CoremlTarget
+from medgemma_export.targets.coreml import CoremlTarget, Units
 from medgemma_export.targets.executorch import Delegate, ExecutorchTarget
 from medgemma_export.targets.onnx import OnnxTarget
 from medgemma_quantization.plan import PackedWeight, QuantPlan
@@ -17,7 +17,7 @@ from medgemma_runtime.manifest import ComponentEntry, TargetName
 if TYPE_CHECKING:
     from medgemma_export.torch_ops import IntegerLinear
 
-__all__ = ["Target", "TARGETS", "Delegate", "choose_target"]
+__all__ = ["Target", "TARGETS", "Units", "Delegate", "choose_target"]
 
 
 class Target(Protocol):
@@ -62,18 +62,22 @@ TARGETS: dict[TargetName, Target] = {
 }
 
 
-def choose_target(name: TargetName, delegate: Delegate | None = None) -> Target:
-    """A format, and within ExecuTorch who computes; None is the format's own choice.
+def choose_target(
+    name: TargetName, *, units: Units | None = None, delegate: Delegate | None = None
+) -> Target:
+    """A format, and whose layout within Core ML, or who computes within ExecuTorch; None is its own choice.
 
     Raises:
-        EdgeError: If the format has no delegates, or not this one.
+        EdgeError: If the format has no such choice, or not this one.
     """
-    if delegate is None:
-        return TARGETS[name]
-    if name != "executorch":
-        raise EdgeError(f"--delegate {delegate} is a choice within --target executorch; {name} has none")
-    if delegate not in get_args(Delegate):
-        raise EdgeError(
-            f"delegate {delegate!r} is unknown; the delegates are {', '.join(get_args(Delegate))}"
-        )
-    return ExecutorchTarget(delegate=delegate)
+    for option, choice, known, owner in (
+        ("--units", units, get_args(Units), "coreml"),
+        ("--delegate", delegate, get_args(Delegate), "executorch"),
+    ):
+        if choice is not None and name != owner:
+            raise EdgeError(f"{option} {choice} is a choice within --target {owner}; {name} has none")
+        if choice is not None and choice not in known:
+            raise EdgeError(f"{option} {choice!r} is unknown; choose one of {', '.join(known)}")
+    if units is not None:
+        return CoremlTarget(units=units)
+    return TARGETS[name] if delegate is None else ExecutorchTarget(delegate=delegate)

@@ -8,14 +8,15 @@
   engines take apart as they need them.
   What multiplies them is float16, or float32 with `--precision fp32`: activations are never integers.
 
-Programs are for iOS 18 and macOS 15, and laid out for the GPU: blocks of int4, fused attention.
+Programs are for iOS 18 and macOS 15, and laid out for the GPU: blocks of int4, fused attention. With
+`--units ane` encoders are laid out for the Neural Engine: convolutions, int8 per channel or palettes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from medgemma_export.models.spec import Component, ModelSpec
 from medgemma_quantization.plan import PackedWeight, QuantPlan
@@ -27,7 +28,10 @@ from medgemma_runtime.manifest import ComponentEntry
 if TYPE_CHECKING:
     from medgemma_export.torch_ops import IntegerLinear
 
-__all__ = ["CoremlTarget"]
+__all__ = ["CoremlTarget", "Units"]
+
+Units = Literal["gpu", "ane"]
+"""The GPU, or the Neural Engine."""
 
 # Internal parts of it are used, see `coreml_mil`.
 _COREMLTOOLS = "9.0"
@@ -38,9 +42,21 @@ _MAX_TENSOR_BYTES = (1 << 31) - 1
 _MAX_STATE_BYTES = 1 << 30
 
 
+# Above 1 GB and somewhat more, reports say, a program leaves the Neural Engine without a word; what keeps
+# below 950 MB was seen to stay (Anemll 0.3.5; john-rocky/CoreML-LLM).
+_MAX_ANE_BYTES = 950_000_000
+_ANE_COMPONENTS = ("image", "text")
+
+
 @dataclass(frozen=True)
 class CoremlTarget:
-    """See `Target`."""
+    """See `Target`.
+
+    Attributes:
+        units: Whose layout programs get.
+    """
+
+    units: Units = "gpu"
 
     def scheme(self, name: SchemeName) -> Scheme:
         """See `Target`. Core ML rounds weights only; what is not fp32 computes in float16."""
@@ -73,6 +89,8 @@ class CoremlTarget:
                     f"{row.name} takes {row.stored_bits / 8e9:.1f} GB as {row.storage}, and Core ML loads no "
                     "tensor of 2 GiB; choose a lower --precision"
                 )
+        if self.units == "ane":
+            _check_ane(model, plan)
         for component in model.components:
             if component.name == "decoder":
                 _check_context(component, model)
@@ -94,7 +112,7 @@ class CoremlTarget:
             packed.append(weight)
             progress(min(len(packed), len(weights.plan.rows)), len(weights.plan.rows))
 
-        lowering = Lowering(model=model, weights=weights, directory=directory, note=note)
+        lowering = Lowering(model=model, weights=weights, directory=directory, note=note, units=self.units)
         # The embedding comes last: it points to rows that the decoder's package holds.
         order = sorted(model.components, key=lambda component: component.name == "embed")
         entries = {component.name: lowering.component(component) for component in order}
@@ -117,6 +135,33 @@ def _check_coremltools() -> None:
             f"Core ML packages are written with coremltools {_COREMLTOOLS} and {found} is installed; "
             "pip install 'medgemma-edge[coreml]'"
         )
+
+
+def _check_ane(model: ModelSpec, plan: QuantPlan) -> None:
+    if plan.activations != "float16":
+        raise EdgeError(
+            f"scheme {plan.scheme} computes in {plan.activations}, and the Neural Engine in float16 only; "
+            "use --units gpu, or another precision"
+        )
+    for component in model.components:
+        if component.name not in _ANE_COMPONENTS:
+            raise EdgeError(
+                f"component {component.name} has no layout for the Neural Engine, only "
+                f"{' and '.join(_ANE_COMPONENTS)} have; use --units gpu"
+            )
+        rows = {weight.name: plan.by_name[weight.name] for weight in component.weights()}
+        for row in rows.values():
+            if row.role == "linear" and row.storage.block:
+                raise EdgeError(
+                    f"{row.name}: the plan asks for {row.storage}, and blocks came out wrong or not at all "
+                    "on the Neural Engine; use --precision int8, lut6 or lut4"
+                )
+        size = sum(row.stored_bits for row in rows.values()) // 8
+        if size > _MAX_ANE_BYTES:
+            raise EdgeError(
+                f"component {component.name} takes {size / 1e6:.0f} MB, and the Neural Engine keeps programs "
+                f"below {_MAX_ANE_BYTES / 1e6:.0f} MB; use --precision int8, lut6 or lut4"
+            )
 
 
 def _check_context(component: Component, model: ModelSpec) -> None:

@@ -9,6 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from medgemma_export.models.spec import Component, ModelSpec
+from medgemma_export.targets.coreml import Units
+from medgemma_export.targets.coreml_builder import SCALES, MilBuilder
+from medgemma_export.targets.coreml_channels import ChannelOps
 from medgemma_export.targets.coreml_decoder import StaticDecoder, describe_decoder, prefix
 from medgemma_export.targets.coreml_features import Feature, FunctionFeatures
 from medgemma_export.targets.coreml_mil import (
@@ -20,7 +23,7 @@ from medgemma_export.targets.coreml_mil import (
     new_function,
     types,
 )
-from medgemma_export.targets.coreml_ops import SCALES, Cache, CacheSlot, MilOps, StepInputs
+from medgemma_export.targets.coreml_ops import Cache, CacheSlot, MilOps, StepInputs
 from medgemma_export.targets.coreml_package import WEIGHTS_PATH, WeightFile, write_package
 from medgemma_export.targets.coreml_rows import RowPlaces, describe_embedding, write_rows
 from medgemma_export.targets.coreml_unpack import compare_storage
@@ -45,12 +48,14 @@ class Lowering:
         weights: Where weights come from.
         directory: Of the artifact.
         note: Told what was written for each weight.
+        units: Whose layout encoders get.
     """
 
     model: ModelSpec
     weights: QuantizedWeights
     directory: Path
     note: Callable[[PackedWeight], None]
+    units: Units
     _rows: dict[str, RowPlaces] = field(default_factory=dict)
 
     def component(self, component: Component) -> ComponentEntry:
@@ -62,6 +67,7 @@ class Lowering:
         facts = {
             "architecture": self.model.architecture,
             "component": component.name,
+            "units": self.units,
             "com.github.apple.coremltools.version": COREMLTOOLS_VERSION,
         }
         with WeightFile(package / WEIGHTS_PATH) as file:
@@ -100,8 +106,8 @@ class Lowering:
     def _kind(self) -> Literal["float16", "float32"]:
         return "float16" if self._half else "float32"
 
-    def _ops(self, file: WeightFile) -> MilOps:
-        return MilOps(weights=self.weights, file=file, note=self.note, half=self._half)
+    def _builder(self, file: WeightFile) -> MilBuilder:
+        return MilBuilder(weights=self.weights, file=file, note=self.note, half=self._half)
 
     def _encoder_function(
         self, component: Component, program: Program, file: WeightFile
@@ -110,11 +116,13 @@ class Lowering:
         inputs = [_encoder_input(spec) for spec in component.inputs]
         function = new_function({feature.name: _placeholder(feature) for feature in inputs})
         with function:
-            ops = self._ops(file)
+            mil = self._builder(file)
+            # Encoders ask for a part of the operations, and channels first have that part alone.
+            ops: Any = ChannelOps(mil=mil) if self.units == "ane" else MilOps(mil=mil)
             given = dict(function.inputs)
             for feature in inputs:
                 if feature.kind == "image":
-                    given[feature.name] = self._normalized(ops, given[feature.name])
+                    given[feature.name] = self._normalized(mil, given[feature.name])
             results = component.forward(ops, given)
             results = {name: ops.output(value, name) for name, value in results.items()}
             function.set_outputs(list(results.values()))
@@ -130,13 +138,13 @@ class Lowering:
         ]
         return {"main": FunctionFeatures(inputs=inputs, outputs=outputs)}
 
-    def _normalized(self, ops: MilOps, pixels: Var) -> Var:
+    def _normalized(self, mil: MilBuilder, pixels: Var) -> Var:
         spec = self.model.image
         if spec is None:
             raise ValueError("a model that takes images has an image spec")
         mean, std = np.array(spec.mean), np.array(spec.std)
         scale, bias = (spec.rescale / std).astype(np.float32), (-mean / std).astype(np.float32)
-        return ops.normalize_pixels(pixels, scale, bias)
+        return mil.normalize_pixels(pixels, scale, bias)
 
     def _decoder_functions(
         self, component: Component, decoder: StaticDecoder, program: Program, file: WeightFile
@@ -152,7 +160,7 @@ class Lowering:
             }
             function = new_function(placeholders)
             with function:
-                ops = self._ops(file)
+                ops = MilOps(mil=self._builder(file))
                 logits = ops.output(_decode(component, decoder, ops, function.inputs), "logits")
                 function.set_outputs([logits])
             program.add_function(name, function)

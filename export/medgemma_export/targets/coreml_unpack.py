@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from medgemma_export.models.spec import Component
 from medgemma_export.ops import RmsNorm
 from medgemma_export.plan_ops import PlanOps
-from medgemma_export.targets.coreml_ops import gain_array, identifier
+from medgemma_export.targets.coreml_builder import gain_array, identifier
 from medgemma_quantization.affine import unpack_integers
 from medgemma_quantization.plan import QuantPlan
 from medgemma_quantization.weights import QuantizedWeights
@@ -49,7 +49,11 @@ def compare_storage(package: Path, component: Component, plan: QuantPlan) -> Non
     for name, function in program.functions.items():
         found = {weight.name: weight for weight in contents(function).weights}
         for key, row in rows.items():
-            stored = f"{found[key].storage} {found[key].shape}" if key in found else "nothing"
+            stored = "nothing"
+            if key in found:
+                shape = found[key].shape
+                is_kernel = shape == (*row.stored_shape, 1, 1)  # of a convolution in a matrix's place
+                stored = f"{found[key].storage} {shape[:2] if is_kernel else shape}"
             if stored != f"{row.storage} {row.stored_shape}":
                 raise RuntimeError(
                     f"{package.name}, function {name}, holds {stored} for {row.name} and the plan says "
@@ -132,7 +136,7 @@ def _same(
             gain_array(true, norm, half=half) if norm else true.astype(np.float16 if half else true.dtype)
         )
         found = stored.get("val")
-        yield found is not None and found.dtype == expected.dtype and bool(np.array_equal(found, expected))
+        yield found is not None and found.dtype == expected.dtype and _equal(found, expected)
         return
     values, scales = unpack_integers(weights.stored_values(name), row.storage), weights.scales(name)
     parts: dict[str, NDArray[Any]] = {"data": values, "scale": scales}
@@ -140,4 +144,11 @@ def _same(
         parts = {"indices": values, "lut": scales[:, None, :, None]}
     yield stored.keys() == parts.keys()
     for part, array in parts.items():
-        yield bool(np.array_equal(stored[part], array))
+        yield _equal(stored[part], array)
+
+
+def _equal(found: NDArray[Any], expected: NDArray[Any]) -> bool:
+    """Whether an array is another, as it is or as the kernel of a convolution in a matrix's place."""
+    kernel = (*expected.shape[:2], 1, 1, *expected.shape[2:])
+    shapes = (expected.shape, kernel) if expected.ndim > 1 else (expected.shape,)
+    return found.shape in shapes and bool(np.array_equal(found.reshape(expected.shape), expected))

@@ -87,8 +87,8 @@ def _storage(constant: Stored | Decompressed) -> str:
     if "lut" in inputs:
         rows = shape[0] // _sizes(inputs["lut"])[0]
         return f"lut{BITS.get(inputs['indices'].dtype, 8)} group {rows}"
-    block = shape[-1] // _sizes(inputs["scale"])[-1]
-    return f"{inputs['data'].dtype} " + ("per channel" if block == shape[-1] else f"block {block}")
+    block = shape[1] // _sizes(inputs["scale"])[1]
+    return f"{inputs['data'].dtype} " + ("per channel" if block == shape[1] else f"block {block}")
 
 
 def _size_bytes(constant: Constant) -> int:

@@ -75,7 +75,7 @@ def test_only_executorch_has_delegates():
     assert choose_target("onnx") is TARGETS["onnx"]
     with pytest.raises(EdgeError, match="within --target executorch; onnx has none"):
         choose_target("onnx", "xnnpack")
-    with pytest.raises(EdgeError, match="'cuda' is unknown; the delegates are xnnpack"):
+    with pytest.raises(EdgeError, match="'cuda' is unknown; choose one of xnnpack"):
         choose_target("executorch", "cuda")
 
 

@@ -288,17 +288,31 @@ def _measure_throughput(
 def _profile(
     artifact: Artifact, name: str, threads: int | None, say: Callable[[str], None]
 ) -> tuple[OperatorShare, ...]:
-    """Run one component a few times with ONNX Runtime's profiler on."""
-    from medgemma_runtime.backends.ort import OrtSession
-
+    """Run one component a few times with its engine's profiler on."""
     say(f"profiling {name}")
     with tempfile.TemporaryDirectory() as directory:
-        trace = Path(directory) / "profile.json"
-        session = OrtSession(artifact, name, threads=threads, profile_to=trace)
-        for _ in range(_PROFILED_RUNS):
-            session.run(zero_inputs(session.entry))
-        session.close()
+        trace = Path(directory) / "profile"
+        if artifact.manifest.target == "executorch":
+            from medgemma_runtime.backends.executorch import ExecutorchSession
+            from medgemma_runtime.backends.executorch_times import operator_times
+
+            _run_profiled(ExecutorchSession(artifact, name, threads=threads, profile_to=trace))
+            times = operator_times(trace)
+            everything = sum(ms for ms, _ in times.values())
+            return tuple(
+                OperatorShare(operator=kind, calls=calls, ms=ms, share=ms / everything)
+                for kind, (ms, calls) in times.items()
+            )
+        from medgemma_runtime.backends.ort import OrtSession
+
+        _run_profiled(OrtSession(artifact, name, threads=threads, profile_to=trace))
         return share_by_operator(json.loads(trace.read_text(encoding="utf-8")), runs=_PROFILED_RUNS)
+
+
+def _run_profiled(session: Session) -> None:
+    for _ in range(_PROFILED_RUNS):
+        session.run(zero_inputs(session.entry))
+    session.close()
 
 
 def share_by_operator(trace: Sequence[dict[str, object]], *, runs: int) -> tuple[OperatorShare, ...]:

@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("executorch")
 
+from medgemma_benchmarks.latency import TimedImage, measure_latency
+from medgemma_benchmarks.timing import Repetition
 from medgemma_export import build as build_module
 from medgemma_export.build import build, decide
 from medgemma_export.recipe import Recipe
@@ -305,8 +307,30 @@ def test_a_damaged_or_foreign_program_is_refused(integers, tmp_path):
         ExecutorchSession(artifact, "decoder")
 
 
-def test_an_encoder_embeds_images_and_texts(tmp_path):
-    built = Built(tmp_path, model="sample:medsiglip-tiny", precision="int8")
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return Built(tmp_path_factory.mktemp("encoder"), model="sample:medsiglip-tiny", precision="int8")
+
+
+def test_time_is_shared_out_by_operator(encoder):
+    report = measure_latency(
+        encoder.artifact,
+        [TimedImage(name="grey", decode=lambda: np.full((40, 40, 3), 128, np.uint8))],
+        ["a scan"],
+        threads=1,
+        repetition=Repetition(seconds=0, min_runs=1, warm_up_runs=0),
+        profile=True,
+    )
+    for component in ("image", "text"):
+        operators = {share.operator: share for share in report.profile[component]}
+        assert sum(share.share for share in operators.values()) == pytest.approx(1)
+        assert operators["llama::custom_sdpa.out"].calls >= 1
+        # XNNPACK names its own: dynamically quantized int8 by int8 of each channel.
+        assert any(name.startswith("Fully Connected (NC, QD8") for name in operators)
+
+
+def test_an_encoder_embeds_images_and_texts(encoder):
+    built = encoder
     image = np.random.default_rng(6).integers(0, 256, (40, 50, 3), np.uint8)
     with Embedder(built.artifact, threads=1) as embedder:
         seen, read = embedder.embed_images([image]), embedder.embed_texts(["a scan"])

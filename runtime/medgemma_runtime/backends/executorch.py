@@ -4,8 +4,10 @@ The package `executorch` brings PyTorch, whose tensors its runtime takes and giv
 runtime reads the same file without either.
 """
 
+import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ class ExecutorchSession:
         artifact: An opened artifact of target `executorch`.
         component: A name from its manifest.
         threads: Threads of ExecuTorch's one thread pool, for this and every other session; None leaves it.
+        profile_to: Where `close` leaves ExecuTorch's profile, for `operator_times`; None for none.
 
     Attributes:
         entry: The component's inputs and outputs as the manifest states them.
@@ -53,9 +56,16 @@ class ExecutorchSession:
     entry: ComponentEntry
     load_seconds: float
 
-    def __init__(self, artifact: Artifact, component: str, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        component: str,
+        *,
+        threads: int | None = None,
+        profile_to: Path | None = None,
+    ) -> None:
         self.entry = artifact.component(component)
-        self._component = component
+        self._component, self._profile_to = component, profile_to
         self._image: ImageSpec | None = artifact.manifest.image
         prompt = artifact.manifest.prompt
         self._image_id = None if prompt is None else prompt.image_id
@@ -67,7 +77,7 @@ class ExecutorchSession:
         program, method = artifact.path(self.entry.program), METHODS[component]
         started = time.perf_counter()
         try:
-            self._program = runtime.load_program(program)
+            self._program = runtime.load_program(program, enable_etdump=profile_to is not None)
             if method not in self._program.method_names:
                 raise ArtifactError(
                     f"{self.entry.program} has no method {method!r}, which component {component!r} is; "
@@ -133,7 +143,10 @@ class ExecutorchSession:
             outputs[name][...] = result
 
     def close(self) -> None:
-        """Free the component's memory."""
+        """Free the component's memory, and write the profile if one was asked for."""
+        if self._program is not None and self._profile_to is not None:
+            # The second file is for values of tensors, which are not recorded.
+            self._program.write_etdump_result_to_file(str(self._profile_to), os.devnull)
         self._method = self._program = None
 
     def _placed(self, embeddings: NDArray[Any], given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:

@@ -54,7 +54,7 @@ def test_what_the_command_line_offers_is_taken(medgemma, model, precision):
         (SCHEMES["int4"], "portable", "portable kernels multiply floats only; use --precision fp32"),
         (SCHEMES["int4"], "qnn", "QNN_SDK_ROOT"),
         (SCHEMES["int4"], "vulkan", "glslc"),
-        (SCHEMES["int4"], "openvino", "nncf"),
+        (SCHEMES["int4"], "openvino", "pip install openvino nncf"),
         (SCHEMES["int4"], "coreml", "--target coreml"),
     ],
 )
@@ -119,7 +119,7 @@ def test_the_emulation_equals_the_kernel(storage, tmp_path):
     exported = torch.export.export(module, (x,), strict=False)
     path = tmp_path / "product.pte"
     shares = lower_program({"forward": exported}, {}, path, with_xnnpack=True)
-    assert shares["forward"][1] == 0
+    assert (shares["forward"].kernels, shares["forward"].calls) == (0, 1)
     [actual] = Runtime.get().load_program(path).load_method("forward").execute([x])
     expected = executorch_integer_linear(x, tensor)
     assert (actual - expected).abs().max() < 2e-5
@@ -150,3 +150,52 @@ def test_a_table_is_looked_up_as_its_integers_say(storage, tmp_path):
     lower_program({"forward": torch.export.export(module, (ids,), strict=False)}, {}, path, with_xnnpack=True)
     [rows] = Runtime.get().load_program(path).load_method("forward").execute([ids])
     assert np.array_equal(rows[0].numpy(), tensor.dequantize()[[6, 0]])
+
+
+def test_what_kernels_and_xnnpack_both_read_lies_in_the_file_once(tmp_path):
+    from executorch.runtime import Runtime
+
+    from medgemma_export.targets.executorch_file import share_constants
+    from medgemma_export.targets.executorch_lower import lower_program
+
+    class Rows(torch.nn.Module):
+        def __init__(self, table):
+            super().__init__()
+            self.table = torch.nn.Buffer(table)
+
+        def forward(self, ids):
+            return torch.nn.functional.embedding(ids, self.table)
+
+    class Product(Rows):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.table)
+
+    table = torch.randn((300, 8), generator=torch.Generator().manual_seed(5))
+    ids, x, path = torch.tensor([[299, 0]]), torch.ones(1, 8), tmp_path / "model.pte"
+    programs = {
+        "rows": torch.export.export(Rows(table), (ids,), strict=False),
+        "product": torch.export.export(Product(table), (x,), strict=False),
+    }
+    shares = lower_program(programs, {"get_bos_id": 2}, path, with_xnnpack=True)
+    assert (shares["rows"].calls, shares["product"].calls) == (0, 1)
+    assert path.read_bytes().count(table.numpy().tobytes()) == 1
+    assert share_constants(path) == 0  # it was done
+    program = Runtime.get().load_program(path)
+    assert torch.equal(program.load_method("rows").execute([ids])[0], table[ids])
+    assert (program.load_method("product").execute([x])[0] - x @ table.T).abs().max() < 1e-5
+    assert program.load_method("get_bos_id").execute([]) == [2]
+
+
+def test_portable_kernels_compute_the_same_and_xnnpack_took_none(tmp_path):
+    from executorch.runtime import Runtime
+
+    from medgemma_export.targets.executorch_lower import lower_program
+
+    layer = torch.nn.Linear(8, 4)
+    x, path = torch.ones(3, 8), tmp_path / "model.pte"
+    exported = torch.export.export(layer, (x,), strict=False)
+    share = lower_program({"forward": exported}, {}, path, with_xnnpack=False)["forward"]
+    assert (share.delegated, share.calls) == (0, 0)
+    assert share.kernels > 0
+    [actual] = Runtime.get().load_program(path).load_method("forward").execute([x])
+    assert (actual - layer(x)).abs().max() < 1e-5

@@ -1,6 +1,7 @@
 """ExecuTorch artifacts of the samples, run by our runtime and held against PyTorch over the same weights."""
 
 import itertools
+import json
 import shutil
 from dataclasses import replace
 
@@ -124,6 +125,15 @@ def test_the_decoder_equals_everything_at_once(floats, conversation):
     for length in range(601, LENGTH + 1):
         logits = decoder.read(cache, ids[length - 1 : length])
     assert np.abs(logits - all_at_once(floats, conversation, LENGTH)).max() < 1e-4
+
+
+def test_xnnpack_takes_all_between_two_attentions(integers):
+    methods = json.loads(integers.artifact.path("delegation.json").read_text())["methods"]
+    decoder = methods["text_decoder"]
+    # One for each of two layers, one after them, and two that wait for the first angles and masks.
+    assert decoder["calls"] <= 5
+    assert decoder["delegated"] > 2 * decoder["kernels"]
+    assert methods["token_embedding"]["delegated"] <= 2
 
 
 def test_without_the_count_the_image_is_read_like_text(floats, conversation):

@@ -9,8 +9,9 @@
   which only pass embeddings on, let the tokens of an image see each other too.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +26,7 @@ from medgemma_runtime.manifest import ComponentEntry, PromptSpec, TensorSpec
 if TYPE_CHECKING:
     from medgemma_export.torch_ops import IntegerLinear
 
-__all__ = ["ExecutorchTarget", "Delegate", "PROGRAM", "STEP"]
+__all__ = ["ExecutorchTarget", "Delegate", "PROGRAM", "SHARES", "STEP"]
 
 Delegate = Literal["xnnpack", "portable", "coreml", "qnn", "vulkan", "openvino"]
 
@@ -37,12 +38,18 @@ STEP = 512
 # What a phone gives an app, less the weights of a 4B model at int4.
 _MAX_CACHE_BYTES = 1 << 30
 
-# Delegates that this version does not lower to, and what each needs.
+SHARES = "delegation.json"
+"""What the delegate took of each method: operations, operations left to kernels, and calls in a run."""
+
+# Delegates that this version does not lower to, and why. Tried with ExecuTorch 1.5.1.
 _ELSEWHERE = {
-    "coreml": "--target coreml, which writes Core ML packages with the same integers",
-    "qnn": "Qualcomm's AI Engine Direct SDK (QNN_SDK_ROOT; qpm.qualcomm.com) and calibrated activations",
-    "vulkan": "the Vulkan SDK's glslc (vulkan.lunarg.com) and an ExecuTorch built with Vulkan",
-    "openvino": "Intel's packages openvino and nncf and an ExecuTorch built with OpenVINO",
+    "coreml": "ExecuTorch's lowering to Core ML takes no uint8 images; use --target coreml, which writes "
+    "Core ML packages with the same integers",
+    "qnn": "it needs Qualcomm's AI Engine Direct SDK (QNN_SDK_ROOT; qpm.qualcomm.com), an ExecuTorch built "
+    "with it, and calibrated activations",
+    "vulkan": "ExecuTorch's lowering to Vulkan stops at attention with a mask, and its runtime is built with "
+    "the Vulkan SDK's glslc (vulkan.lunarg.com)",
+    "openvino": "it needs Intel's packages (pip install openvino nncf) and an ExecuTorch built with OpenVINO",
 }
 
 
@@ -65,8 +72,8 @@ class ExecutorchTarget:
         """See `Target`."""
         if self.delegate in _ELSEWHERE:
             raise EdgeError(
-                f"delegate {self.delegate} is not lowered to by this version: it needs "
-                f"{_ELSEWHERE[self.delegate]}; use --delegate xnnpack or portable"
+                f"delegate {self.delegate} is not lowered to by this version: {_ELSEWHERE[self.delegate]}; "
+                "or use --delegate xnnpack or portable"
             )
         refuse_palettes(plan, "XNNPACK")
         heads = {
@@ -134,12 +141,17 @@ class ExecutorchTarget:
             )
             for component in model.components
         }
-        lower_program(
+        shares = lower_program(
             programs,
             _constants(model),
             directory / PROGRAM,
             with_xnnpack=self.delegate == "xnnpack",
         )
+        report = {
+            "delegate": self.delegate,
+            "methods": {name: asdict(share) for name, share in shares.items()},
+        }
+        (directory / SHARES).write_text(json.dumps(report, indent=1), encoding="utf-8")
         entries = {component.name: _entry(component, model.prompt) for component in model.components}
         return entries, packed
 

@@ -22,9 +22,12 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import DelegationSpec
+from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
+from executorch.exir.backend.utils import tag_constant_data
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.passes.infra.partitioner import Partition
 
 from medgemma_export.models.spec import Component
 from medgemma_export.targets.executorch_file import share_constants
@@ -34,7 +37,7 @@ from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.backends.executorch import METHODS
 from medgemma_runtime.manifest import ImageSpec, PromptSpec
 
-__all__ = ["lower_program", "trace"]
+__all__ = ["Share", "lower_program", "trace"]
 
 # XNNPACK's sine and cosine are polynomials for small angles, and positions turn by thousands of radians; its
 # GELU is the exact one, whichever form is asked for.
@@ -63,6 +66,40 @@ class _Xnnpack(XnnpackPartitioner):  # type: ignore[misc]
     ) -> tuple[list[torch._ops.OpOverload], None]:
         """Without the test of each node, for which the whole program would be traced twice more."""
         return [torch.ops.aten.linear.default], None
+
+    def generate_partitions(self, program: torch.export.ExportedProgram) -> list[Partition]:
+        """Cut the program at kernels only: what follows the same number of them goes together.
+
+        XNNPACK's own way merges nodes in pairs and leaves three partitions a layer where rounded inputs are
+        shared. A path from a partition through a kernel leads to a later one, so there are no cycles.
+        """
+        taken = {
+            node
+            for group in self.get_matched_nodes_from_configs(program)
+            for node in group
+            if node.op == "call_function"
+        }
+        steps: dict[Node, int] = {}
+        for node in program.graph.nodes:
+            inputs = [before for before in node.all_input_nodes if before.op == "call_function"]
+            steps[node] = max(
+                (steps[before] + (node in taken and before not in taken) for before in inputs), default=0
+            )
+        partitions: dict[int, list[Node]] = {}
+        for node in reversed(program.graph.nodes):
+            if node not in taken:
+                continue
+            if all(before.op != "call_function" for before in node.all_input_nodes):
+                # A weight goes with its product.
+                steps[node] = min((steps[user] for user in node.users if user in taken), default=0)
+            partitions.setdefault(steps[node], []).append(node)
+        return [Partition(id=step, nodes=reversed(nodes)) for step, nodes in partitions.items()]
+
+    def partition(self, program: torch.export.ExportedProgram) -> PartitionResult:
+        """See XNNPACK's; constants go with those that read them."""
+        result = super().partition(program)
+        tag_constant_data(result.tagged_exported_program)
+        return result
 
 
 class _Images(nn.Module):
@@ -140,6 +177,21 @@ class _Decoder(nn.Module):
         caches = {name: getattr(self, held) for name, held in self._caches.items()}
         logits: Tensor = self._component.forward(self.constants.ops(), inputs | caches)["logits"]
         return logits[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a delegate took of a method.
+
+    Attributes:
+        delegated: Operations that it computes.
+        kernels: Operations that are left to ExecuTorch's kernels.
+        calls: How often it is called in a run.
+    """
+
+    delegated: int
+    kernels: int
+    calls: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +274,7 @@ def lower_program(
     path: Path,
     *,
     with_xnnpack: bool,
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, Share]:
     """Write exported methods as one program.
 
     Args:
@@ -232,7 +284,7 @@ def lower_program(
         with_xnnpack: Whether XNNPACK takes what it can.
 
     Returns:
-        For each method, how many operations XNNPACK took, and how many were left to kernels.
+        What XNNPACK took of each method.
     """
     partitioners = {
         name: [_Xnnpack(has_images=name in _OF_IMAGES)] if with_xnnpack else [] for name in programs
@@ -254,19 +306,19 @@ def lower_program(
     return shares
 
 
-def _share(program: torch.export.ExportedProgram) -> tuple[int, int]:
-    """Operations in the delegate's subgraphs, and those outside."""
-    taken = left = 0
+def _share(program: torch.export.ExportedProgram) -> Share:
+    delegated = kernels = calls = 0
     for node in program.graph_module.graph.nodes:
         if node.op != "call_function":
             continue
         if "executorch_call_delegate" in str(node.target):
             module = getattr(program.graph_module, node.args[0].target)
             inside = module.original_module.graph_module.graph.nodes
-            taken += sum(1 for inner in inside if inner.op == "call_function")
+            delegated += sum(1 for inner in inside if inner.op == "call_function")
+            calls += 1
         elif "getitem" not in str(node.target):
-            left += 1
-    return taken, left
+            kernels += 1
+    return Share(delegated=delegated, kernels=kernels, calls=calls)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev \
-	  --editable ".[export,coreml,dicom,sample,bench]"
+	  --editable ".[export,coreml,executorch,dicom,sample,bench]"
 	touch $@
 
 demo: export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -100,7 +100,11 @@ def decide(recipe: Recipe, *, progress: Progress = lambda *step: None) -> Decisi
         checkpoint=checkpoint,
         model=model,
         plan=plan,
-        needs=predict_needs(plan, calibration_bytes=None if samples is None else recipe.calibration_bytes),
+        needs=predict_needs(
+            plan,
+            calibration_bytes=None if samples is None else recipe.calibration_bytes,
+            at_once=recipe.target == "executorch",
+        ),
         samples=samples,
         predicted_kl=expected,
     )

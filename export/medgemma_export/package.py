@@ -154,13 +154,14 @@ class Needs:
     heaviest: str
 
 
-def predict_needs(plan: QuantPlan, *, calibration_bytes: int | None = None) -> Needs:
+def predict_needs(plan: QuantPlan, *, calibration_bytes: int | None = None, at_once: bool = False) -> Needs:
     """From the plan alone; held against measurements in tests/export/test_package.py.
 
     Args:
-        plan: What will be done.
+        plan: How every weight is stored.
         calibration_bytes: Memory for activations where there are calibration samples; None for none. What of
             them goes to the disk depends on the samples and is not counted.
+        at_once: Whether the target holds all weights while it lowers, as ExecuTorch's exporter does.
     """
     disk_bytes = sum(_made_bytes(row) + row.stored_bits // 8 + _SLACK_BYTES for row in plan.rows)
     steps = [(rounding_bytes(row), f"to round {row.name}") for row in plan.rows]
@@ -171,6 +172,12 @@ def predict_needs(plan: QuantPlan, *, calibration_bytes: int | None = None) -> N
             for row in plan.rows
             if not row.storage.is_float
         ]
+    if at_once:
+        # Integers as int8, what they are packed to, and copies of the largest while it is packed.
+        held = sum(math.prod(row.stored_shape) * (4 if row.storage.is_float else 1) for row in plan.rows)
+        largest = max(math.prod(row.stored_shape) for row in plan.rows)
+        packed = sum(row.stored_bits // 8 for row in plan.rows)
+        steps.append((held + packed + 4 * largest, "to lower all weights at once"))
     memory_bytes, heaviest = max(steps)
     return Needs(
         disk_bytes=disk_bytes + _SMALL_FILES_BYTES,

@@ -18,7 +18,7 @@ from medgemma_quantization.plan import make_plan  # noqa: E402
 from medgemma_quantization.scheme import INT4, INT8, INT8_BLOCKS, SCHEMES, Storage  # noqa: E402
 from medgemma_runtime.errors import EdgeError  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of torchao and torch.export, about their own insides
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.export, about its own insides
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,18 @@ def test_needs_of_the_largest_models_by_hand():
     assert needs.disk_bytes == 1_409_630_208 + (4 + 2) * scales + slack
 
 
+def test_what_lowers_all_weights_at_once_holds_them():
+    weights = [
+        WeightSpec(name=name, shape=(rows, 64), role="linear")
+        for name, rows in (("small", 1 << 10), ("large", 1 << 24))
+    ]
+    needs = predict_needs(make_plan(SCHEMES["int4"], weights), at_once=True)
+    values = 64 * ((1 << 10) + (1 << 24))
+    # As int8, packed with float16 scales, and four copies of the largest.
+    assert needs.memory_bytes == values + values * 9 // 16 + 4 * (64 << 24) + package._REST_BYTES
+    assert needs.heaviest == "to lower all weights at once"
+
+
 NEEDS = Needs(disk_bytes=3_000_000_000, memory_bytes=2_000_000_000, heaviest="to lower x.weight")
 
 

@@ -31,7 +31,7 @@ from medgemma_runtime.prompt import Image, Message, Text
 from medgemma_runtime.text import load_tokenizer
 from tests.export.short_models import load_short_model
 
-# Of torchao and torch.export, about their own insides.
+# Of torch.export, about its own insides.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LENGTH = 620  # the sample's window is 32, and its rings have 31 + 512 rows

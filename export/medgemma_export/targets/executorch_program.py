@@ -209,7 +209,7 @@ class Constants(nn.Module):
 
     def _hold_matrix(self, name: str, head_width: int | None, *, is_head: bool) -> None:
         row = self._weights.plan.by_name[name]
-        parts = {name: np.arange(row.stored_shape[0])}
+        parts: dict[str, Any] = {name: slice(None)}
         if head_width is not None:
             parts = {
                 f"{name}.{half}": rows for half, rows in half_rows(row.stored_shape[0], head_width).items()
@@ -218,17 +218,18 @@ class Constants(nn.Module):
             matrix = self._weights.float(name)
             for part, rows in parts.items():
                 self._matrices[part] = self._hold(part, torch.from_numpy(np.ascontiguousarray(matrix[rows])))
-        else:
-            whole = head_integers(name, self._weights) if is_head else self._weights.quantized(name)
-            for part, rows in parts.items():
-                tensor = integer_matrix(whole.values[rows], whole.scales[rows], row.storage)
-                self._matrices[part] = _HeldMatrix(
-                    values=self._hold(part, tensor.values),
-                    scales=self._hold(f"{part}.scales", tensor.scales),
-                    zeros=self._hold(f"{part}.zeros", tensor.zeros),
-                    storage=tensor.storage,
-                )
-        self._note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
+            self._note(PackedWeight(name=name, storage=FLOAT32, shape=matrix.shape))
+            return
+        whole = head_integers(name, self._weights) if is_head else self._weights.quantized(name)
+        for part, rows in parts.items():
+            tensor = integer_matrix(whole.values[rows], whole.scales[rows], whole.storage)
+            self._matrices[part] = _HeldMatrix(
+                values=self._hold(part, tensor.values),
+                scales=self._hold(f"{part}.scales", tensor.scales),
+                zeros=self._hold(f"{part}.zeros", tensor.zeros),
+                storage=tensor.storage,
+            )
+        self._note(PackedWeight(name=name, storage=whole.storage, shape=whole.values.shape))
 
     def _hold_float(self, name: str, head_width: int | None, factor: float | None) -> None:
         array = self._weights.float(name)

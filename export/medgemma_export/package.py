@@ -255,12 +255,12 @@ def _made_bytes(row: PlanRow) -> int:
 def _calibrating_bytes(row: PlanRow) -> int:
     """In memory while a weight is rounded by what its inputs were, activations apart.
 
-    For n inputs, in bytes: their exact second moment 8 n², the drift 16 n², a factor of the moment 8 n², what
-    moves the weights 4 n² and the factor of the inverse 4 n²; then strips of 1024 inputs, the weights of one
-    operation in both models, four of this size at most, and one that is being rounded.
+    For n inputs, in bytes: their exact second moment 8 n², the drift 16 n², a factor of the moment 8 n² and
+    that of its inverse 4 n²; then strips of 1024 inputs, the weights of one operation in both models, four of
+    this size at most, and one that is being rounded.
     """
     outputs, inputs = row.stored_shape
-    moments = 40 * inputs**2 + 4 * 8 * inputs * min(inputs, 1024)
+    moments = 36 * inputs**2 + 4 * 8 * inputs * min(inputs, 1024)
     if row.role == "table":
         return moments + rounding_bytes(row)
     return moments + 4 * 4 * outputs * inputs + rounding_bytes(row)

@@ -142,6 +142,64 @@ def test_a_packing_reference_of_an_adapter_is_refused(call, adapter, tmp_path):
     assert "plain has the adapter my-lora merged in, and references are of whole checkpoints" in error
 
 
+BUDGET = (*MEDGEMMA, "--method", "search", "--calibration", "notes", "--sensitivity", "costs.json")
+
+
+@pytest.fixture
+def notes(tmp_path) -> Path:
+    place = tmp_path / "notes"
+    place.mkdir()
+    (place / "note.txt").write_text("No acute findings.")
+    return place
+
+
+def test_a_budget_is_shown_before_anything_is_made(call, notes, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, shown, _ = call(export_main, *BUDGET, "--budget", "0.7MB", "--dry-run")
+    assert code == 0
+    assert "predicted, not measured: KL 0." in shown
+    assert "language_model.embed_tokens.weight" in shown
+    assert "budget 0.7 MB: 4 bits of 2 weights alone cost" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.json", "notes"]
+    code, shown, _ = call(export_main, *BUDGET, "--max-kl", "0.05", "--dry-run", "--json")
+    facts = json.loads(shown)
+    assert 0 < facts["predicted_kl"] <= 0.05
+    assert facts["plan"]["scheme"] == "int4-int8"
+    code, shown, _ = call(export_main, *MEDGEMMA, "--dry-run", "--json")
+    assert json.loads(shown)["predicted_kl"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--budget", "1MB", "--max-kl", "0.1"), "--budget and --max-kl are two ways to say how far to go"),
+        (("--budget", "much"), "size 'much' is not understood"),
+        (("--budget", "1kB"), "size '1kB' is not understood"),
+        (("--budget", "0.1MB"), "the smallest plan, int4 throughout, takes 0.63"),
+        (("--max-kl", "-1"), "a divergence of -1.0 nats is no budget"),
+        ((), "sensitivities are measured for a budget; name one"),
+        (("--budget", "0.7MB", "--precision", "int8"), "the scheme is int8; choose precision int4"),
+    ],
+)
+def test_budgets_that_cannot_be(call, notes, words, says):
+    code, shown, error = call(export_main, *BUDGET, *words, "--dry-run")
+    assert (code, shown) == (2, "")
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_quantization_table(call, notes, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ("quantization", "--model", "sample:medgemma-tiny", "--row", "rtn:int4", "--tokens", "4")
+    words += ("--calibration", "notes", "--out", "table.json")
+    code, shown, _ = call(reference_main, *words)
+    assert code == 0
+    assert "weights rounded and activations float" in shown and "int4 block 32" in shown
+    code, shown, _ = call(reference_main, *words, "--json")
+    assert json.loads(shown) == json.loads((tmp_path / "table.json").read_text())
+    code, _, error = call(reference_main, *words, "--row", "none")
+    assert code == 2 and "row 'none' is unknown" in error
+
+
 def test_examples_name_options_that_exist(call):
     """Every word of the examples that begins with -- is an option of the help above them."""
     for main, examples, commands in (

@@ -157,3 +157,22 @@ def test_gptq_without_inputs_is_refused():
         gptq(INT4, Moments.zeros(32))
     with pytest.raises(ValueError, match="zero in every sample"):
         gptq(INT4, observed(np.zeros((4, 32), np.float32)))
+
+
+@pytest.mark.parametrize("rows", [20, 90])
+def test_weights_move_by_what_their_inputs_lack(rows):
+    """Fewer rows than inputs, and more: `W + W @ drift @ inverse(H + damping)`, by LAPACK."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(300, 48)).astype(np.float32)
+    original = x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
+    moments = Moments.zeros(48)
+    moments.add(x, original)
+    weight = rng.normal(size=(rows, 48)).astype(np.float32)
+    inverse = np.linalg.inv(moments.hessian() + 0.05 * np.eye(48))
+    expected = weight + weight @ moments.mean_drift() @ inverse
+    moved = gptq_module._mover(moments, 0.05)(weight)
+    np.testing.assert_allclose(moved, expected, atol=1e-5)
+    assert np.abs(moved - weight).max() > 0.01
+    # Nearer to what the float model gave than the weights as they were.
+    given, true = moved @ x.T, weight @ original.T
+    assert np.square(given - true).mean() < np.square(weight @ x.T - true).mean()

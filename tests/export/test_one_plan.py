@@ -1,0 +1,102 @@
+"""One set of integers reaches every target: bit for bit, read back from what each of them ships."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from medgemma_export.calibrate import ModelInput, calibrate  # noqa: E402
+from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
+from medgemma_export.models import load_model  # noqa: E402
+from medgemma_export.targets import TARGETS  # noqa: E402
+from medgemma_quantization.methods import METHODS  # noqa: E402
+from medgemma_quantization.plan import compare_packed, make_plan  # noqa: E402
+from medgemma_quantization.scheme import INT8, SCHEMES  # noqa: E402
+from medgemma_quantization.weights import store_integers  # noqa: E402
+from medgemma_runtime.errors import ArtifactError  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the targets' libraries, about their own insides
+
+# The second layer's matrices in 8 bits, as a budget mixes them.
+MIXED = replace(
+    SCHEMES["int4"], name="mixed", overrides=((r".*layers\.[13579]\..*(proj|fc\d)\.weight", INT8),)
+)
+INSTALLED = {"onnx": "onnx_ir", "coreml": "coremltools", "executorch": "executorch"}
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    """Two layers of MedSigLIP's image tower, and the integers that GPTQ found for them."""
+    checkpoint = open_checkpoint("sample:medsiglip-tiny")
+    tower = {**checkpoint.config["vision_config"], "num_hidden_layers": 2}
+    checkpoint = replace(checkpoint, config={**checkpoint.config, "vision_config": tower})
+    model = load_model(checkpoint)
+    model = replace(model, components=tuple(part for part in model.components if part.name == "image"))
+    coarse = np.random.default_rng(2).uniform(-1, 1, (1, 3, 14, 14)).astype(np.float32)
+    sample = ModelInput(pixels=np.kron(coarse, np.ones((16, 16), np.float32)))
+    weights = calibrate(
+        model,
+        make_plan(MIXED, model.weights(), method="gptq"),
+        model.reader(checkpoint),
+        [sample],
+        tmp_path_factory.mktemp("integers") / "weights",
+        find=METHODS["gptq"].find,
+        memory_bytes=1 << 30,
+    )
+    return checkpoint, model, weights
+
+
+def compare(name, path, component, weights):
+    if name == "onnx":
+        from medgemma_export.unpack import compare_integers
+
+        compare_integers(path, component, weights)
+    elif name == "coreml":
+        from medgemma_export.targets.coreml_unpack import compare_package
+
+        compare_package(path, component, weights)
+    else:
+        from medgemma_export.targets.executorch_unpack import compare_program
+
+        compare_program(path, component, weights)
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_what_a_target_ships_are_the_integers_that_were_made(subject, tmp_path, name):
+    if find_spec(INSTALLED[name]) is None:
+        pytest.skip(f"{INSTALLED[name]} is not installed")
+    checkpoint, model, made = subject
+    scheme = replace(MIXED, activations=TARGETS[name].scheme("int4").activations)
+    plan = make_plan(scheme, model.weights(), method="gptq")
+    integers = [row for row in plan.rows if not row.storage.is_float]
+    assert integers == [row for row in made.plan.rows if not row.storage.is_float]
+    assert {str(row.storage) for row in integers} == {"int4 block 32", "int8 per channel"}
+    weights = replace(made, plan=plan)
+    TARGETS[name].check(model, plan)
+    directory = tmp_path / "artifact"
+    directory.mkdir()
+    for extra in model.extra_files:
+        (directory / extra).write_bytes(checkpoint.content(extra))
+    components, packed = TARGETS[name].lower(model, weights, directory, progress=lambda *step: None)
+    compare_packed(plan, packed)
+    program = directory / components["image"].program
+    compare(name, program, model.components[0], weights)
+
+    # That the comparison sees a single integer, and that rounding again would not pass for what was made.
+    row = next(row for row in integers if row.storage.bits == 8)
+    other = tmp_path / "weights"
+    other.mkdir()
+    for path in made.directory.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    values = np.load(other / f"{row.name}.values.npy")
+    values[-1, -1] ^= 1
+    np.save(other / f"{row.name}.values.npy", values)
+    with pytest.raises(ArtifactError, match=row.name.replace(".", r"\.")):
+        compare(name, program, model.components[0], replace(weights, directory=other))
+    for row in integers:
+        store_integers(row, made.read, other, METHODS["rtn"].find(row.storage, None))
+    with pytest.raises(ArtifactError):
+        compare(name, program, model.components[0], replace(weights, directory=other))

@@ -86,6 +86,58 @@ def test_what_is_predicted_is_what_it_takes(checkpoint, tmp_path, monkeypatch, s
     assert needs.heaviest.startswith("to round" if is_rounded else "to lower")
 
 
+def test_what_is_predicted_of_calibration_is_what_it_takes(tmp_path):
+    """A layer of 3,072 inputs: second moment, drift and factors are 340 MB, and all else is small."""
+    directory = tmp_path / "model"
+    config = transformers.Gemma3TextConfig(
+        vocab_size=600,
+        hidden_size=64,
+        intermediate_size=3072,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=32,
+    )
+    transformers.Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(sample_path("sample:medgemma-tiny") / name, directory / name)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "note.txt").write_text("No acute findings.")
+    recipe = Recipe(
+        model=str(directory),
+        revision=None,
+        target="onnx",
+        scheme=SCHEMES["int4"],
+        components=(),
+        out=tmp_path / "artifact",
+        method="gptq",
+        calibration=str(notes),
+        calibration_bytes=1 << 20,
+    )
+    needs = decide(recipe).needs
+    assert needs.heaviest == "to calibrate language_model.layers.0.mlp.down_proj.weight"
+    tracemalloc.start()
+    build(recipe, progress=lambda *step: None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert needs.memory_bytes - package._REST_BYTES < 1.3 * peak
+    assert peak < needs.memory_bytes
+
+
+def test_4b_calibrates_within_8_gb():
+    """Its widest layer reads 10,240 inputs; activations may take 2 GB."""
+    matrix = WeightSpec(name="down_proj", shape=(2_560, 10_240), role="linear")
+    needs = predict_needs(make_plan(SCHEMES["int4"], [matrix]), calibration_bytes=2 << 30)
+    assert needs.heaviest == "to calibrate down_proj"
+    # 36 bytes for each pair of inputs, and strips of 1,024.
+    pairs, strips = 36 * 10_240**2, 32 * 10_240 * 1_024
+    assert needs.memory_bytes > (2 << 30) + pairs + strips
+    assert needs.memory_bytes < 8e9
+    assert predict_needs(make_plan(SCHEMES["int4"], [matrix])).memory_bytes < 1e9
+
+
 def test_needs_of_the_largest_models_by_hand():
     """27B's table at int4: 1,409,630,208 values at 4 bits twice, and scales as float32 and float16."""
     table = WeightSpec(name="table", shape=(262_208, 5_376), role="table")

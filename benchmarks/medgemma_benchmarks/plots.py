@@ -186,7 +186,7 @@ def plot_quantization(curves: Mapping[str, Sequence[tuple[float, float]]], *, me
     axes.margins(x=0.08, y=0.12)
     axes.set_xlabel("bits per weight over all weights, scales included")
     axes.set_ylabel(f"{measure} (logarithmic)")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
+    axes.legend(loc="upper right", frameon=False)
     return _plot(
         figure,
         alt=f"{measure} against bits per weight: "

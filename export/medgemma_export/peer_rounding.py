@@ -75,18 +75,16 @@ def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 PEERS: dict[PeerName, Peer] = {
-    "llama.cpp-q4_0": Peer(
-        label="llama.cpp Q4_0", storage="Q4_0, symmetric, block 32", bits=4.5, round_rows=_q4_0
-    ),
+    "llama.cpp-q4_0": Peer(label="llama.cpp Q4_0", storage="Q4_0, int4 block 32", bits=4.5, round_rows=_q4_0),
     "onnxruntime-int4": Peer(
-        label="ONNX Runtime RTN",
-        storage="int4, symmetric, block 32",
+        label="ONNX Runtime RTN, symmetric",
+        storage="int4 block 32",
         bits=4.5,
         round_rows=lambda weight: _blockwise(weight, symmetric=True),
     ),
     "onnxruntime-uint4": Peer(
-        label="ONNX Runtime RTN",
-        storage="uint4, asymmetric, block 32",
+        label="ONNX Runtime RTN, asymmetric",
+        storage="uint4 block 32, zero points",
         bits=4.625,
         round_rows=lambda weight: _blockwise(weight, symmetric=False),
     ),

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medgemma_export.adapter import merge_adapter
-from medgemma_export.calibration_reach import check_chain, reached_folds, takes, unreached_weights
+from medgemma_export.calibration_reach import (
+    check_chain,
+    check_ranges,
+    reached_folds,
+    takes,
+    unreached_weights,
+)
 from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from medgemma_export.integers import make_integers
 from medgemma_export.models import ModelSpec, load_model
@@ -22,6 +28,7 @@ from medgemma_export.package import (
 )
 from medgemma_export.recipe import Recipe
 from medgemma_export.targets import Target, choose_target
+from medgemma_quantization.activations import RANGES_NAME
 from medgemma_quantization.budget import Sensitivity, check_floor, choose_bits, predicted_kl
 from medgemma_quantization.calibration import CalibrationSet, open_set
 from medgemma_quantization.equalization import FACTORS_NAME, note_equalized
@@ -87,7 +94,9 @@ def decide(recipe: Recipe, *, progress: Progress = lambda *step: None) -> Decisi
         samples = open_set(
             recipe.calibration, images=takes(model, "pixel_values"), texts=takes(model, "input_ids")
         )
-        plan = note_unreached(plan, unreached_weights(model, samples))
+        unreached = unreached_weights(model, samples)
+        check_ranges(plan, unreached)
+        plan = note_unreached(plan, unreached)
         if recipe.budget is not None:
             check_floor(plan, recipe.budget)
             sensitivity = _sensitivity(recipe, checkpoint, model, plan, samples, progress)
@@ -129,8 +138,9 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
         weights = _quantize(recipe, decision, package.weights, progress)
         for name in model.extra_files:
             (package.directory / name).write_bytes(checkpoint.content(name))
-        if (factors := package.weights / FACTORS_NAME).exists():
-            shutil.copy(factors, package.directory)
+        for name in (FACTORS_NAME, RANGES_NAME):
+            if (found := package.weights / name).exists():
+                shutil.copy(found, package.directory)
         components, packed = _target(recipe).lower(
             model,
             weights,

@@ -1,5 +1,7 @@
 """Which parts of a model a calibration set reaches: known from names, before anything is computed."""
 
+from collections.abc import Sequence
+
 from medgemma_export.fold_ops import planned_folds
 from medgemma_export.models import ModelSpec
 from medgemma_export.models.spec import Component
@@ -8,7 +10,7 @@ from medgemma_quantization.folds import Fold
 from medgemma_quantization.plan import QuantPlan
 from medgemma_runtime.errors import EdgeError
 
-__all__ = ["check_chain", "reached_folds", "takes", "takes_pixels", "unreached_weights"]
+__all__ = ["check_chain", "check_ranges", "reached_folds", "takes", "takes_pixels", "unreached_weights"]
 
 
 def takes(model: ModelSpec, name: str) -> bool:
@@ -55,3 +57,21 @@ def check_chain(model: ModelSpec) -> None:
                     f"component {component.name} cannot be calibrated without the one that makes its {name}; "
                     "leave --components out"
                 )
+
+
+def check_ranges(plan: QuantPlan, unreached: Sequence[str]) -> None:
+    """Refuse static ranges where no sample shows what a matrix multiplies.
+
+    Raises:
+        EdgeError: Naming the first such matrix.
+    """
+    if plan.ranges is None:
+        return
+    rows = [plan.by_name[name] for name in unreached]
+    missing = [row.name for row in rows if row.role == "linear" and not row.storage.is_float]
+    if missing:
+        raise EdgeError(
+            f"no calibration sample reaches {missing[0]} ({len(missing)} matrices in all), and a static "
+            "range needs one; add such samples, leave the component out by --components, or say "
+            'activations = "int8-dynamic"'
+        )

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from medgemma_export.ops import Heads, LayerNorm, Linear, Parameter, PatchEmbedding, RmsNorm, Table
 from medgemma_export.torch_ops import TorchOps
+from medgemma_quantization.activations import ActivationRange
 from medgemma_quantization.affine import QuantizedTensor
 
 __all__ = ["onnx_integer_linear", "executorch_integer_linear", "Float16Ops"]
@@ -17,6 +18,8 @@ __all__ = ["onnx_integer_linear", "executorch_integer_linear", "Float16Ops"]
 def onnx_integer_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """`DynamicQuantizeMatMul` for int8 per channel, `MatMulNBits` at accuracy level 4 for int4 in blocks.
 
+    `QuantizeLinear` and `MatMulIntegerToFloat` where the range is static.
+
     Every row of the batch is rounded as a run of its own: the runtime gives integer programs one image at a
     time, because `DynamicQuantizeMatMul` looks at its whole input.
 
@@ -24,7 +27,15 @@ def onnx_integer_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
         x: [B, ..., inputs] float32
         result: [B, ..., outputs] float32
     """
+    if weight.input is not None:
+        return _static_linear(x, weight, weight.input)
     return _block_linear(x, weight) if weight.storage.block else _tensor_linear(x, weight)
+
+
+def _static_linear(x: Tensor, weight: QuantizedTensor, known: ActivationRange) -> Tensor:
+    rounded = (x / known.scale).round().add(known.zero).clamp(0, 255) - known.zero
+    sums = rounded.double() @ torch.from_numpy(weight.values).double().T
+    return sums.float() * (known.scale * torch.from_numpy(weight.scales[:, 0]))
 
 
 def _tensor_linear(x: Tensor, weight: QuantizedTensor) -> Tensor:

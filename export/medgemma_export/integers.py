@@ -1,13 +1,16 @@
-"""Makes the integers of a plan by a method of `METHODS`: what scales inputs first, then what rounds."""
+"""Makes the integers of a plan by a method of `METHODS`: what scales inputs, static ranges, what rounds."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medgemma_export.models import ModelSpec
+from medgemma_quantization.activations import ActivationRange, read_ranges, save_ranges
 from medgemma_quantization.equalization import Equalization, read_factors
 from medgemma_quantization.methods import METHODS, MethodName
 from medgemma_quantization.plan import QuantPlan
+from medgemma_quantization.scheme import RangeMethod
 from medgemma_quantization.weights import QuantizedWeights, ReadWeight, quantize_weights
 from medgemma_runtime.command import Progress
 from medgemma_runtime.errors import EdgeError
@@ -53,17 +56,21 @@ def make_integers(
         read = _equalization(model, plan, read, samples, directory, method, memory_bytes, progress).reader(
             read
         )
+    inputs: dict[str, ActivationRange] = {}
+    if plan.ranges is not None and samples is not None:
+        inputs = _static_ranges(model, plan, plan.ranges, read, samples, directory, memory_bytes, progress)
     if samples is None or not found.sees_inputs:
-        return quantize_weights(
+        weights = quantize_weights(
             plan,
             read,
             directory,
             find=found.find,
             progress=lambda done, total: progress("quantize", done, total),
         )
+        return replace(weights, inputs=inputs)
     from medgemma_export.calibrate import calibrate  # PyTorch
 
-    return calibrate(
+    weights = calibrate(
         model,
         plan,
         read,
@@ -73,6 +80,36 @@ def make_integers(
         memory_bytes=memory_bytes,
         progress=lambda done, total: progress("calibrate", done, total),
     )
+    return replace(weights, inputs=inputs)
+
+
+def _static_ranges(
+    model: ModelSpec,
+    plan: QuantPlan,
+    ranges: RangeMethod,
+    read: ReadWeight,
+    samples: Sequence["ModelInput"],
+    directory: Path,
+    memory_bytes: int,
+    progress: Progress,
+) -> dict[str, ActivationRange]:
+    """The ranges that an interrupted run has left, or new ones."""
+    from medgemma_export.static_ranges import find_ranges  # PyTorch
+
+    try:
+        return read_ranges(directory)
+    except EdgeError:
+        made = find_ranges(
+            model,
+            plan,
+            read,
+            samples,
+            method=ranges,
+            memory_bytes=memory_bytes,
+            progress=lambda done, total: progress("find activation ranges", done, total),
+        )
+        save_ranges(made, directory)
+        return made
 
 
 def _equalization(

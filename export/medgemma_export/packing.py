@@ -1,12 +1,13 @@
 """Records what an artifact's integers compute, without the artifact's engine: a packing reference.
 
-The integers are made again from the checkpoint, the plan, and the factors of a method that scales inputs;
+The integers are made again from the checkpoint, the plan, and the factors and ranges that calibration found;
 nothing is read from the artifact's weight files. For each input the bundle holds two outputs:
 `pooler_output`, with activations left float, and `rounded_output`, with the target's own rounding of
 activations. It also carries each program's exact form, which the device runs over the artifact's weight file.
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from medgemma_export.reference import describe_torch
 from medgemma_export.targets import TARGETS
 from medgemma_export.torch_ops import IntegerLinear, compute, weight_only
 from medgemma_export.unpack import compare_integers
+from medgemma_quantization.activations import read_ranges
 from medgemma_quantization.equalization import read_factors
 from medgemma_quantization.methods import METHODS
 from medgemma_quantization.plan import read_plan
@@ -109,6 +111,8 @@ def record_packing(
             find=method.find,
             progress=lambda done, total: progress("quantize", done, total),
         )
+        if plan.ranges is not None:
+            weights = replace(weights, inputs=read_ranges(artifact_directory))
         rounding = TARGETS[manifest.target].integer_linear()
         for component in spec.components:
             if component.name not in manifest.components:

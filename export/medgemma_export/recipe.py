@@ -61,6 +61,13 @@ class Recipe:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown; the methods are {', '.join(METHODS)}")
         wanted = METHODS[self.method].samples
+        if self.scheme.activations == "int8-static":
+            wanted = "needed"
+            if self.calibration is None:
+                raise ValueError(
+                    f"scheme {self.scheme.name} has static ranges of activations, which only samples show; "
+                    f"name a calibration set: a directory, a manifest file, or {BUILTIN}"
+                )
         if wanted == "needed" and self.calibration is None:
             raise ValueError(
                 f"method {self.method} needs a calibration set: a directory, a manifest file, or {BUILTIN}"

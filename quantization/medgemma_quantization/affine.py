@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_quantization.activations import ActivationRange
 from medgemma_quantization.scheme import Storage
 
 __all__ = [
@@ -48,11 +49,18 @@ class QuantizedTensor:
         values: [outputs, inputs] int8
         scales: [outputs, blocks] float32; blocks is 1 for per-channel storage. Of a palette its values,
             [outputs / palette, 2 ** bits]
+
+    Attributes:
+        storage: How it is stored.
+        values: The integers.
+        scales: What they are multiplied by.
+        input: How what it multiplies is rounded; None where that is decided at run time, or not at all.
     """
 
     storage: Storage
     values: NDArray[np.int8]
     scales: NDArray[np.float32]
+    input: ActivationRange | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.values.shape

@@ -28,8 +28,8 @@ _LARGEST = 2.0**40
 # Rows of a second moment that are added at a time: 512 x 10240 doubles are 42 MB.
 _STRIP = 512
 
-# Eight bins for each doubling from 2**-24 to 2**24, on either side of zero.
-_BINS_PER_DOUBLING, _OCTAVES = 8, 24
+# Sixteen bins for each doubling from 2**-24 to 2**24, on either side of zero.
+_BINS_PER_DOUBLING, _OCTAVES = 16, 24
 _MAGNITUDES = 2.0 ** (
     np.arange(-_OCTAVES * _BINS_PER_DOUBLING, _OCTAVES * _BINS_PER_DOUBLING + 1) / _BINS_PER_DOUBLING
 )

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from medgemma_quantization.scheme import FLOAT16, FLOAT32, Activations, Scheme, Storage
+from medgemma_quantization.scheme import FLOAT16, FLOAT32, Activations, RangeMethod, Scheme, Storage
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import Precision
 
@@ -115,6 +115,7 @@ class QuantPlan:
     method: str
     activations: Activations
     rows: tuple[PlanRow, ...]
+    ranges: RangeMethod | None = None
     residual_scale: float = 1.0
 
     @cached_property
@@ -149,6 +150,7 @@ class QuantPlan:
             "scheme": self.scheme,
             "method": self.method,
             "activations": self.activations,
+            **({} if self.ranges is None else {"ranges": self.ranges}),
             "residual_scale": self.residual_scale,
         }
         rows = ",\n".join("  " + json.dumps(asdict(row)) for row in self.rows)
@@ -199,6 +201,7 @@ def make_plan(scheme: Scheme, weights: Iterable[WeightSpec], *, method: str = "r
         scheme=scheme.name,
         method=method,
         activations=scheme.activations,
+        ranges=scheme.ranges if scheme.activations == "int8-static" else None,
         residual_scale=scheme.residual_scale,
         rows=tuple(padded.values()),
     )

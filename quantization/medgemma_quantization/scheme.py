@@ -13,6 +13,8 @@ __all__ = [
     "Scheme",
     "SchemeName",
     "Storage",
+    "Activations",
+    "RangeMethod",
     "SCHEMES",
     "load_scheme",
     "FLOAT32",
@@ -75,7 +77,8 @@ INT4 = Storage(bits=4, block=32)
 LUT6 = Storage(bits=6, palette=8)
 LUT4 = Storage(bits=4, palette=8)
 
-Activations = Literal["float", "float16", "int8-dynamic"]
+Activations = Literal["float", "float16", "int8-dynamic", "int8-static"]
+RangeMethod = Literal["minmax", "percentile", "entropy", "mse"]
 SchemeName = Literal["fp32", "fp16", "int8", "int4", "mobile", "lut6", "lut4"]
 
 
@@ -88,7 +91,9 @@ class Scheme:
         linear: Storage of matrices that multiply activations.
         table: Storage of embedding tables.
         activations: `float16` computes throughout in float16, and so rounds every vector to it;
-            `int8-dynamic` quantizes the input of every integer matrix at run time.
+            `int8-dynamic` quantizes the input of every integer matrix at run time; `int8-static` does so by
+            ranges that calibration has found, as NPUs want it.
+        ranges: How static ranges are chosen; of no effect otherwise.
         residual_scale: Factor of a decoder's residual stream, a power of two of at most 1: float16 engines
             overflow without it.
         decoder: Storage of a decoder's matrices, where other than `linear`.
@@ -99,6 +104,7 @@ class Scheme:
     linear: Storage
     table: Storage
     activations: Activations
+    ranges: RangeMethod = "minmax"
     residual_scale: float = 1.0
     decoder: Storage | None = None
     overrides: tuple[tuple[str, Storage], ...] = field(default=())
@@ -111,6 +117,8 @@ class Scheme:
             raise ValueError(
                 f"activations must be one of {get_args(Activations)} and are {self.activations!r}"
             )
+        if self.ranges not in get_args(RangeMethod):
+            raise ValueError(f"ranges must be one of {get_args(RangeMethod)} and are {self.ranges!r}")
         if not 0 < self.residual_scale <= 1 or math.frexp(self.residual_scale)[0] != 0.5:
             raise ValueError(
                 f"residual_scale must be a power of two of at most 1 and is {self.residual_scale}"

@@ -8,14 +8,15 @@ every target reads the same numbers.
 import hashlib
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_quantization.activations import ActivationRange
 from medgemma_quantization.affine import (
     QuantizedTensor,
     pack_integers,
@@ -57,11 +58,14 @@ class QuantizedWeights:
         plan: What was decided.
         directory: Where the integers lie.
         read: Reads the weights that stay float.
+        inputs: Static ranges of what integer matrices multiply, by the matrices' names; empty for a plan
+            without any.
     """
 
     plan: QuantPlan
     directory: Path
     read: ReadWeight
+    inputs: Mapping[str, ActivationRange] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         """Whether the integers of a weight have been made."""
@@ -71,7 +75,9 @@ class QuantizedWeights:
         """Integers and scales of a weight that the plan stores as integers, or of some of its rows."""
         row = self.plan.by_name[name]
         values = unpack_integers(self.stored_values(name, rows), row.storage)
-        return QuantizedTensor(storage=row.storage, values=values, scales=self.scales(name, rows))
+        return QuantizedTensor(
+            storage=row.storage, values=values, scales=self.scales(name, rows), input=self.inputs.get(name)
+        )
 
     def current(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """A weight as it is by now: what its integers stand for once they are made, float before."""

@@ -1,5 +1,7 @@
 """The emulation of ONNX Runtime's integer kernels, held against those kernels."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,18 +12,23 @@ import onnxruntime  # noqa: E402
 from onnx import TensorProto, numpy_helper  # noqa: E402
 
 from medgemma_export.emulation import onnx_integer_linear  # noqa: E402
+from medgemma_quantization.activations import ActivationRange  # noqa: E402
 from medgemma_quantization.affine import QuantizedTensor, pack_int4, quantize, range_scales  # noqa: E402
 from medgemma_quantization.scheme import INT4, INT8, INT8_BLOCKS  # noqa: E402
 
 
 def run_kernel(operator, x, constants, attributes):
     node = helper.make_node(operator, ["x", *constants], ["y"], domain="com.microsoft", **attributes)
+    return run_nodes([node], x, constants)
+
+
+def run_nodes(nodes, x, constants):
     graph = helper.make_graph(
-        [node],
+        nodes,
         "one",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -100,3 +107,31 @@ def test_int8_rounds_by_the_range_of_the_whole_batch():
     x[1, 0, 0] = 1000.0
     together = channel_kernel(x, tensor)[:1]
     assert np.abs(alone - together).max() > 1e-2
+
+
+def test_emulation_of_static_ranges_equals_the_kernel():
+    weight, x = matrices(4, outputs=224, inputs=64)
+    # Narrower than the activations, so that some are clipped.
+    known = ActivationRange.between(float(x.min()) / 2, float(x.max()) / 3)
+    tensor = replace(quantize(weight, INT8, range_scales(weight, INT8)), input=known)
+    scale, zero = np.float32(known.scale), np.uint8(known.zero)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["rounded"]),
+        helper.make_node(
+            "MatMulIntegerToFloat",
+            ["rounded", "b", "scale", "s", "zero"],
+            ["y"],
+            domain="com.microsoft",
+        ),
+    ]
+    constants = {
+        "b": np.ascontiguousarray(tensor.values.T),
+        "s": tensor.scales[:, 0].copy(),
+        "scale": scale,
+        "zero": zero,
+    }
+    actual = run_nodes(nodes, x, constants)
+    expected = onnx_integer_linear(torch.from_numpy(x), tensor).numpy()
+    assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
+    unclipped = onnx_integer_linear(torch.from_numpy(x), replace(tensor, input=None)).numpy()
+    assert np.abs(actual - unclipped).max() > 0.1 * np.abs(expected).max()

@@ -66,7 +66,7 @@ class CoremlTarget:
     def check(self, model: ModelSpec, plan: QuantPlan) -> None:
         """See `Target`."""
         _check_coremltools()
-        if plan.activations == "int8-dynamic":
+        if plan.activations in ("int8-dynamic", "int8-static"):
             raise EdgeError(
                 f"scheme {plan.scheme} rounds activations to int8, and Core ML multiplies integer weights "
                 'by float activations; say activations = "float16", or "float"'

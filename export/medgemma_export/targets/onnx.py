@@ -5,7 +5,8 @@ Standard operators where they are as fast, ONNX Runtime's own where they are not
 - attention: `MultiHeadAttention`, which never holds a full array of scores;
 - int8 per channel: `DynamicQuantizeMatMul`, which rounds activations to uint8 over the whole input. Weights
   are signed, the fast form on VNNI and AMX, and exact on every processor because neighbouring integers are
-  bounded (see `medgemma_quantization.affine`);
+  bounded (see `medgemma_quantization.affine`). With static ranges `QuantizeLinear`, once for all matrices
+  that share an input, and `MatMulIntegerToFloat`;
 - int4 and int8 in blocks: `MatMulNBits` at accuracy level 4, which rounds activations to int8 in the same
   blocks; tables are the same bytes, looked up by `GatherBlockQuantized`;
 - fp16: weights only. They are cast when the program is loaded, because the CPU has no faster kernels for
@@ -80,10 +81,12 @@ class OnnxTarget:
                     "blocks; give it a block of 32"
                 )
         has_integers = any(row.role == "linear" and not row.storage.is_float for row in plan.rows)
-        if has_integers and plan.activations != "int8-dynamic":
+        if plan.activations == "int8-static":
+            _check_static(model, plan)
+        elif has_integers and plan.activations != "int8-dynamic":
             raise EdgeError(
                 f"scheme {plan.scheme} keeps activations {plan.activations}, and ONNX Runtime's integer "
-                'kernels round them to int8; say activations = "int8-dynamic"'
+                'kernels round them to int8; say activations = "int8-dynamic", or "int8-static"'
             )
 
     def lower(
@@ -119,6 +122,21 @@ class OnnxTarget:
         from medgemma_export.emulation import onnx_integer_linear
 
         return onnx_integer_linear
+
+
+def _check_static(model: ModelSpec, plan: QuantPlan) -> None:
+    """Static ranges need the kernel that takes one for each input: int8 per channel."""
+    for row in plan.rows:
+        if row.role == "linear" and not row.storage.is_float and row.storage.block:
+            raise EdgeError(
+                f"{row.name}: the plan asks for {row.storage}, whose kernel in ONNX Runtime rounds "
+                'activations at run time; with activations = "int8-static" give matrices 8 bits and no block'
+            )
+        if row.role == "table" and not row.storage.is_float and model.prompt is not None:
+            raise EdgeError(
+                f"{row.name}: the table is the output head, too, and the kernel for {row.storage} rounds "
+                'activations at run time; with activations = "int8-static" give the table 32 or 16 bits'
+            )
 
 
 def _ending(component: Component, plan: QuantPlan) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,7 @@ from medgemma_export.ops import (
     Rotary,
     Table,
 )
+from medgemma_quantization.activations import ActivationRange
 from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.scheme import FLOAT32, Storage
 from medgemma_quantization.weights import QuantizedWeights
@@ -39,6 +40,7 @@ _GEMMA_OPSET = 23  # the first with RotaryEmbedding and RMSNormalization
 _PIECE_BYTES = 96 << 20
 _PIECE_ROWS = 1 << 14
 
+_Emitted = TypeVar("_Emitted")
 _Attribute = int | float | str | Sequence[int] | ir.TensorProtocol
 
 
@@ -61,7 +63,7 @@ class OnnxOps:
     nodes: list[ir.Node] = field(default_factory=list)
     initializers: list[ir.Value] = field(default_factory=list)
     opset: int = _OPSET
-    _values: dict[tuple[Hashable, ...], ir.Value] = field(default_factory=dict)
+    _values: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
 
     def patch_embedding(self, pixels: ir.Value, weight: PatchEmbedding) -> ir.Value:
         """See `Ops`."""
@@ -371,7 +373,19 @@ class OnnxOps:
         tensors = [self.weights.quantized(name) for name in names]
         matrix = self._joined(names, np.concatenate([tensor.values for tensor in tensors]).T)
         scales = self._scales(names, np.concatenate([tensor.scales[:, 0] for tensor in tensors]))
-        return self._node("DynamicQuantizeMatMul", [x, matrix, scales, None, bias], domain=DOMAIN)
+        known = self.weights.inputs.get(names[0])
+        if known is None:
+            return self._node("DynamicQuantizeMatMul", [x, matrix, scales, None, bias], domain=DOMAIN)
+        rounded, scale, zero = self._once(("rounded", id(x), known), lambda: self._rounded(x, known))
+        return self._node(
+            "MatMulIntegerToFloat", [rounded, matrix, scale, scales, zero, None, bias], domain=DOMAIN
+        )
+
+    def _rounded(self, x: ir.Value, known: ActivationRange) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """An activation as uint8, for all matrices that share it, with scale and zero point."""
+        scale = self._floats(known.scale)
+        zero = self._constant(f"constant.{len(self.initializers)}", np.array(known.zero, np.uint8))
+        return self._node("QuantizeLinear", [x, scale, zero]), scale, zero
 
     def _block_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None) -> ir.Value:
         rows = [self.weights.plan.by_name[name] for name in names]
@@ -470,11 +484,12 @@ class OnnxOps:
         self.initializers.append(value)
         return value
 
-    def _once(self, key: tuple[Hashable, ...], emit: Callable[[], ir.Value]) -> ir.Value:
-        """A value that several layers use, emitted by the first."""
+    def _once(self, key: tuple[Hashable, ...], emit: Callable[[], _Emitted]) -> _Emitted:
+        """A value that several layers use, emitted by the first, or several such."""
         if key not in self._values:
             self._values[key] = emit()
-        return self._values[key]
+        found: _Emitted = self._values[key]
+        return found
 
     def _shape(self, sizes: list[int]) -> ir.Value:
         return self._integers(np.array(sizes))

@@ -20,7 +20,7 @@ from medgemma_benchmarks.process_cost import ProcessCost, measure_process_cost, 
 from medgemma_benchmarks.timing import Distribution, Repetition, measure
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends import open_session
-from medgemma_runtime.embed import unit_length
+from medgemma_runtime.embed import BATCHED_ACTIVATIONS, unit_length
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.images import normalize, preprocess, resize
 from medgemma_runtime.session import Session
@@ -195,7 +195,7 @@ def _check_batches(artifact: Artifact, names: Sequence[str], batches: Sequence[i
     if any(batch < 1 for batch in batches):
         raise EdgeError(f"batch sizes must be at least 1 and are {', '.join(map(str, batches))}")
     activations = artifact.manifest.quantization.activations
-    if max(batches) > 1 and activations != "float":
+    if max(batches) > 1 and activations not in BATCHED_ACTIVATIONS:
         raise EdgeError(
             f"batches of {', '.join(map(str, batches))} were asked for and {artifact.directory.name} rounds "
             f"activations ({activations}), so that images in one batch could change each other's embeddings "

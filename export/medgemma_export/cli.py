@@ -141,7 +141,8 @@ def export(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Samples to calibrate on: a directory, a manifest file, or builtin; needed by gptq."
+            help="Samples to calibrate on: a directory, a manifest file, or builtin. Needed by static ranges "
+            "and by all methods but rtn and search."
         ),
     ] = None,
     calibration_memory: Annotated[

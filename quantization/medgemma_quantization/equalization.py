@@ -111,14 +111,15 @@ def read_factors(directory: Path, folds: Iterable[Fold]) -> Equalization:
 
 
 def note_equalized(plan: QuantPlan, folds: Iterable[Fold]) -> QuantPlan:
-    """The plan with a note on the weights that factors change."""
+    """The plan with a note on the weights that factors change; alike for all layers, as plans are summed up."""
     notes: dict[str, str] = {}
     for fold in folds:
+        before = "matrix" if fold.kind == "rows" else "norm"
         for name in fold.readers:
-            notes[name] = f"{notes.get(name, '')}; columns scaled, which {fold.source} takes back"
+            notes[name] = f"{notes.get(name, '')}; columns scaled, which the {before} before takes back"
         for part in ("weight", "bias"):
             name = f"{fold.source}.{part}"
-            notes[name] = f"{notes.get(name, '')}; takes back the scale of {fold.readers[0]}"
+            notes[name] = f"{notes.get(name, '')}; takes back the scale of what reads it"
     rows = tuple(
         replace(row, reason=row.reason + notes[row.name]) if row.name in notes else row for row in plan.rows
     )

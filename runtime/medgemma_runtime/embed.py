@@ -17,7 +17,19 @@ from medgemma_runtime.manifest import Similarity
 from medgemma_runtime.session import Session
 from medgemma_runtime.text import Tokenize, load_tokenizer
 
-__all__ = ["Embedder", "NoDirectionError", "ZeroShot", "unit_length", "zero_shot", "logits", "top_k"]
+__all__ = [
+    "BATCHED_ACTIVATIONS",
+    "Embedder",
+    "NoDirectionError",
+    "ZeroShot",
+    "unit_length",
+    "zero_shot",
+    "logits",
+    "top_k",
+]
+
+BATCHED_ACTIVATIONS = ("float", "int8-static")
+"""What artifacts do to activations, as manifests say it, where no item of a batch can change another."""
 
 Progress = Callable[[int], None]
 
@@ -73,8 +85,8 @@ class Embedder:
         Args:
             images: RGB images `[H, W, 3]` of any size, as `images.load_image` gives them.
             batch_size: Images in one run. More cost memory and, on a CPU, save little time. An artifact
-                that rounds activations takes one: a range may be that of the whole run, and one image
-                would change another's embedding.
+                that rounds activations by ranges it finds at run time takes one: a range may be that of the
+                whole run, and one image would change another's embedding.
             progress: Called with the number of images done since the last call.
 
         Returns:
@@ -209,7 +221,7 @@ class Embedder:
         if batch_size < 1:
             raise EdgeError(f"batch_size must be at least 1 and is {batch_size}")
         activations = self.artifact.manifest.quantization.activations
-        if batch_size > 1 and activations != "float":
+        if batch_size > 1 and activations not in BATCHED_ACTIVATIONS:
             raise EdgeError(
                 f"batch_size is {batch_size} and {self.artifact.directory.name} rounds activations "
                 f"({activations}), so that one item could change another's embedding; use batch_size 1"

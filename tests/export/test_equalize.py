@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from medgemma_export.build import build  # noqa: E402
+from medgemma_export.build import build, decide  # noqa: E402
 from medgemma_export.calibrate import ModelInput, calibrate, measure  # noqa: E402
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
 from medgemma_export.equalize import equalize  # noqa: E402
@@ -323,9 +323,7 @@ class TestBuild:
         plan = read_plan(artifact.path(artifact.manifest.quantization.plan))
         assert artifact.manifest.quantization.method == plan.method == "awq"
         row = plan.by_name["vision_model.encoder.layers.0.self_attn.q_proj.weight"]
-        assert row.reason.endswith(
-            "; columns scaled, which vision_model.encoder.layers.0.layer_norm1 takes back"
-        )
+        assert row.reason.endswith("; columns scaled, which the norm before takes back")
         scaled = set(load_file(artifact.directory / FACTORS_NAME))
         noted = {
             row.name.removesuffix(".weight")
@@ -396,3 +394,14 @@ class TestBuild:
                 tmp_path / "packing",
                 progress=lambda *step: None,
             )
+
+
+def test_the_plan_notes_only_what_samples_reach(tmp_path):
+    """A set of texts: the tower of MedGemma keeps its scale, and the plan says how it is rounded."""
+    (tmp_path / "note.txt").write_text("findings")
+    request = TestBuild.request(tmp_path, tmp_path / "artifact", model="sample:medgemma-tiny", components=())
+    rows = decide(request).plan.by_name
+    tower = rows["vision_tower.encoder.layers.0.self_attn.q_proj.weight"].reason
+    assert "no calibration sample reaches it" in tower and "columns scaled" not in tower
+    decoder = rows["language_model.layers.0.self_attn.q_proj.weight"].reason
+    assert decoder.endswith("columns scaled, which the norm before takes back")

@@ -31,6 +31,7 @@ from medgemma_quantization.scheme import (  # noqa: E402
     load_scheme,
 )
 from medgemma_quantization.weights import quantize_weights  # noqa: E402
+from medgemma_runtime.embed import Embedder  # noqa: E402
 from medgemma_runtime.errors import EdgeError  # noqa: E402
 from medgemma_runtime.images import load_image, preprocess  # noqa: E402
 from medgemma_runtime.sample_images import LABELS, SAMPLE_IMAGES, sample_image_path  # noqa: E402
@@ -158,6 +159,9 @@ class TestProgram:
         """Which it may where ranges are those of the whole input."""
         together = run(program_of(static), [np.concatenate(pixels[:3])])
         np.testing.assert_allclose(together, run(program_of(static), pixels[:3]), atol=1e-4)
+        # So the runtime takes batches of such an artifact.
+        embedded = Embedder(static).embed_pixels(np.concatenate(pixels[:3]), batch_size=3)
+        assert cosines(embedded, together).min() > 0.99999
 
     def test_its_exact_form_rounds_nothing(self, static, weights, model, pixels, tmp_path):
         onnx = pytest.importorskip("onnx")

@@ -198,8 +198,8 @@ def test_the_plan_says_what_is_scaled_and_what_takes_it_back():
     plan = note_equalized(make_plan(SCHEMES["int4"], specs), (fold, GROUPED))
     reasons = {row.name: row.reason.partition("; ")[2] for row in plan.rows}
     assert reasons == {
-        "norm.weight": "a vector; takes back the scale of q.weight",
-        "q.weight": "columns scaled, which norm takes back",
-        "v.weight": "columns scaled, which norm takes back; takes back the scale of o.weight",
-        "o.weight": "columns scaled, which v takes back",
+        "norm.weight": "a vector; takes back the scale of what reads it",
+        "q.weight": "columns scaled, which the norm before takes back",
+        "v.weight": "columns scaled, which the norm before takes back; takes back the scale of what reads it",
+        "o.weight": "columns scaled, which the matrix before takes back",
     }

@@ -111,7 +111,7 @@ def read_factors(directory: Path, folds: Iterable[Fold]) -> Equalization:
 
 
 def note_equalized(plan: QuantPlan, folds: Iterable[Fold]) -> QuantPlan:
-    """The plan with a note on the weights that factors change; alike for all layers, as plans are summed up."""
+    """The plan with a note on the weights that factors change: the same for all layers, to be summed up."""
     notes: dict[str, str] = {}
     for fold in folds:
         before = "matrix" if fold.kind == "rows" else "norm"

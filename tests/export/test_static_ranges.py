@@ -13,8 +13,10 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from medgemma_export.build import build, decide  # noqa: E402
 from medgemma_export.calibrate import ModelInput  # noqa: E402
+from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
 from medgemma_export.emulation import onnx_integer_linear  # noqa: E402
 from medgemma_export.exact_program import write_exact_program  # noqa: E402
+from medgemma_export.models import load_model  # noqa: E402
 from medgemma_export.recipe import Recipe  # noqa: E402
 from medgemma_export.static_ranges import find_ranges  # noqa: E402
 from medgemma_export.torch_ops import compute, weight_only  # noqa: E402
@@ -284,3 +286,48 @@ def test_smoothquant_narrows_what_static_ranges_must_hold(static, pixels, tmp_pa
     plain, scaled = read_ranges(static.directory), read_ranges(smooth.directory)
     assert plain.keys() == scaled.keys() and plain != scaled
     assert np.isfinite(run(program_of(smooth), pixels[:1])).all()
+
+
+def test_a_decoder_computes_what_the_emulation_says(tmp_path):
+    """q, k and v are one product there; gate and up share an input."""
+    from PIL import Image
+
+    place = tmp_path / "set"
+    place.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (30, 20, 3), np.uint8)).save(place / "a.png")
+    (place / "b.txt").write_text("findings of the chest radiograph")
+    name = "sample:medgemma-tiny"
+    made = export(
+        tmp_path / "artifact",
+        model=name,
+        components=(),
+        scheme=replace(STATIC, table=FLOAT32),
+        calibration=str(place),
+    )
+    opened = open_checkpoint(name)
+    described = load_model(opened)
+    plan = read_plan(made.path(made.manifest.quantization.plan))
+    integers = quantize_weights(plan, described.reader(opened), tmp_path / "integers")
+    integers = replace(integers, inputs=read_ranges(made.directory))
+    decoder = next(part for part in described.components if part.name == "decoder")
+    inputs = {
+        "inputs_embeds": rng.normal(size=(1, 9, 64)).astype(np.float32),
+        "position_ids": np.arange(9)[None],
+        "attention_mask": np.ones((1, 9), np.int64),
+        "image_blocks": np.full((1, 9), -1),
+        "local_start": np.zeros(1, np.int64),
+    } | {
+        spec.name: np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32)
+        for spec in decoder.inputs
+        if spec.name.startswith("past_key_values")
+    }
+    session = onnxruntime.InferenceSession(program_of(made, "decoder"), providers=["CPUExecutionProvider"])
+    [actual] = session.run(["logits"], inputs)
+    emulated, plain = (
+        compute(decoder, integers, inputs, integer_linear=linear)["logits"]
+        for linear in (onnx_integer_linear, weight_only)
+    )
+    assert cosines(actual[0], emulated[0]).min() > 0.9999
+    assert np.abs(actual - plain).max() > 10 * np.abs(actual - emulated).max()
+    compare_integers(program_of(made, "decoder"), decoder, integers)

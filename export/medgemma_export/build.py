@@ -98,9 +98,10 @@ def decide(recipe: Recipe, *, progress: Progress = lambda *step: None) -> Decisi
         check_ranges(plan, unreached)
         plan = note_unreached(plan, unreached)
         if recipe.budget is not None:
-            check_floor(plan, recipe.budget)
-            sensitivity = _sensitivity(recipe, checkpoint, model, plan, samples, progress)
-            plan = choose_bits(plan, sensitivity, recipe.budget)
+            high = make_plan(_target(recipe).scheme("int8"), model.weights())
+            check_floor(plan, high, recipe.budget)
+            sensitivity = _sensitivity(recipe, checkpoint, model, plan, high, samples, progress)
+            plan = choose_bits(plan, high, sensitivity, recipe.budget)
             expected = predicted_kl(sensitivity, (row.name for row in plan.rows if row.storage.bits == 8))
         if METHODS[recipe.method].factors is not None:
             plan = note_equalized(plan, reached_folds(model, plan, samples))
@@ -187,6 +188,7 @@ def _sensitivity(
     checkpoint: Checkpoint,
     model: ModelSpec,
     plan: QuantPlan,
+    high: QuantPlan,
     samples: CalibrationSet,
     progress: Progress,
 ) -> Sensitivity:
@@ -200,6 +202,7 @@ def _sensitivity(
         recipe.sensitivity,
         model=model,
         plan=plan,
+        high=high,
         read=model.reader(checkpoint),
         samples=model_inputs(samples, model, checkpoint),
         work=recipe.out.parent,

@@ -25,11 +25,12 @@ from medgemma_benchmarks.quantization_report import (
     QuantizationRow,
 )
 from medgemma_benchmarks.results import read_result, to_json
-from medgemma_export.calibrate import ModelInput, calibrate
+from medgemma_export.calibrate import ModelInput
 from medgemma_export.calibration_inputs import caption_inputs, model_inputs
 from medgemma_export.calibration_reach import takes, unreached_weights
 from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from medgemma_export.fidelity import embed_images, measure
+from medgemma_export.integers import make_integers
 from medgemma_export.models import ModelSpec, load_model
 from medgemma_export.peer_rounding import PEERS, PeerName, peer_reader
 from medgemma_export.sensitivity import open_sensitivity
@@ -41,7 +42,6 @@ from medgemma_quantization.scheme import SCHEMES, Scheme, load_scheme
 from medgemma_quantization.weights import (
     QuantizedWeights,
     ReadWeight,
-    quantize_weights,
     source_fingerprint,
 )
 from medgemma_runtime.command import Progress
@@ -256,9 +256,10 @@ def _measure_row(subject: _Subject, request: RowRequest, progress: Progress) -> 
         plan = note_unreached(plan, unreached_weights(subject.model, subject.calibration))
     predicted = None
     if request.bits is not None:
-        sensitivity = _sensitivity(subject, plan, request.method, progress)
+        high = make_plan(SCHEMES["int8"], subject.model.weights())
+        sensitivity = _sensitivity(subject, plan, high, request.method, progress)
         budget = Budget(size_bytes=int(request.bits * plan.weight_count / 8))
-        plan = choose_bits(plan, sensitivity, budget)
+        plan = choose_bits(plan, high, sensitivity, budget)
         raised = [row.name for row in plan.rows if row.storage.bits == 8]
         predicted = predicted_kl(sensitivity, raised)
     directory = subject.work / _key(subject, plan)
@@ -283,12 +284,15 @@ def _measure_row(subject: _Subject, request: RowRequest, progress: Progress) -> 
     return row
 
 
-def _sensitivity(subject: _Subject, plan: QuantPlan, method: MethodName, progress: Progress) -> Sensitivity:
+def _sensitivity(
+    subject: _Subject, plan: QuantPlan, high: QuantPlan, method: MethodName, progress: Progress
+) -> Sensitivity:
     """Measured once for each method, and kept beside the table: `medgemma-export --sensitivity` takes it."""
     return open_sensitivity(
         subject.out.with_name(f"{subject.out.stem}.{method}-sensitivity.json"),
         model=subject.model,
         plan=plan,
+        high=high,
         read=subject.read,
         samples=subject.samples,
         work=subject.work,
@@ -314,24 +318,15 @@ def _key(subject: _Subject, plan: QuantPlan) -> str:
 def _round(
     subject: _Subject, plan: QuantPlan, method: MethodName, directory: Path, progress: Progress
 ) -> QuantizedWeights:
-    find = METHODS[method].find
-    if METHODS[method].samples == "none":
-        return quantize_weights(
-            plan,
-            subject.read,
-            directory,
-            find=find,
-            progress=lambda done, total: progress("quantize", done, total),
-        )
-    return calibrate(
+    return make_integers(
         subject.model,
         plan,
         subject.read,
-        subject.samples,
+        None if METHODS[method].samples == "none" else subject.samples,
         directory,
-        find=find,
+        method=method,
         memory_bytes=subject.memory_bytes,
-        progress=lambda done, total: progress("calibrate", done, total),
+        progress=progress,
     )
 
 

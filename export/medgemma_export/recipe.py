@@ -86,6 +86,11 @@ class Recipe:
                 f"a budget raises weights from int4 to int8 and the scheme is {self.scheme.name}; choose "
                 "precision int4, or scheme mobile"
             )
+        if self.budget is not None and METHODS[self.method].factors is not None:
+            raise ValueError(
+                f"a budget measures what bits cost without the factors of method {self.method}; choose gptq "
+                "or search, or name bits in a scheme file"
+            )
         if self.sensitivity is not None and self.budget is None:
             raise ValueError("sensitivities are measured for a budget; name one, or leave their file out")
         if self.calibration_bytes < 1:

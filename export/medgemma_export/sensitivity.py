@@ -23,7 +23,6 @@ from medgemma_export.models import ModelSpec
 from medgemma_quantization.budget import (
     Sensitivity,
     Share,
-    high_storage,
     read_sensitivity,
     write_sensitivity,
 )
@@ -49,6 +48,7 @@ def open_sensitivity(
     *,
     model: ModelSpec,
     plan: QuantPlan,
+    high: QuantPlan,
     read: ReadWeight,
     samples: Sequence[ModelInput],
     work: Path,
@@ -63,7 +63,8 @@ def open_sensitivity(
     Args:
         path: The file; None to keep nothing.
         model: See `measure_sensitivity`, like all that is not said here.
-        plan: All integer weights at 4 bits.
+        plan: Weights at 4 bits, those that are to be decided on.
+        high: How each is stored that gets 8 bits.
         read: Reads a float weight by name.
         samples: The calibration set, as the model takes it.
         work: A directory for what is made meanwhile.
@@ -77,7 +78,10 @@ def open_sensitivity(
         EdgeError: If the file was measured on something else.
     """
     # Storage alone: reasons and activations change nothing that is measured.
-    stored = [(row.name, row.stored_shape, str(row.storage)) for row in plan.rows]
+    stored = [
+        (row.name, row.stored_shape, str(row.storage), str(high.by_name[row.name].storage))
+        for row in plan.rows
+    ]
     facts = [weights_sha256, samples_sha256, method, stored]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     if path is not None and path.exists():
@@ -86,6 +90,7 @@ def open_sensitivity(
         found = measure_sensitivity(
             model,
             plan,
+            high,
             read,
             samples,
             Path(directory, "weights"),
@@ -102,6 +107,7 @@ def open_sensitivity(
 def measure_sensitivity(
     model: ModelSpec,
     plan: QuantPlan,
+    high: QuantPlan,
     read: ReadWeight,
     samples: Sequence[ModelInput],
     directory: Path,
@@ -115,7 +121,8 @@ def measure_sensitivity(
 
     Args:
         model: A decoder with all its components.
-        plan: All integer weights at 4 bits.
+        plan: Weights at 4 bits, those that are to be decided on.
+        high: How each is stored that gets 8 bits.
         read: Reads a float weight by name.
         samples: The calibration set, as the model takes it; all of it rounds, some of it measures.
         directory: Where integers and activations go meanwhile.
@@ -151,7 +158,7 @@ def measure_sensitivity(
     decisions = _decisions(model, plan, together)
     everything = frozenset(name for names in decisions for name in names)
     run = partial(measure_apart, model, plan, read, samples=taken, spill=directory, memory_bytes=memory_bytes)
-    [high] = run(partial(_nearest_high, plan, read), groups=[everything])
+    [eight] = run(partial(_nearest, high, read), groups=[everything])
     groups = [everything, *map(frozenset, decisions)]
     found: list[Fidelity] = []
     for start in range(0, len(groups), _VARIANTS):
@@ -162,18 +169,16 @@ def measure_sensitivity(
         key=key,
         tokens=int(counted.sum()),
         low_kl=costs[0],
-        high_kl=float(high.kl[counted].mean()),
+        high_kl=float(eight.kl[counted].mean()),
         shares=tuple(
             Share(names=names, kl=max(cost, 0.0)) for names, cost in zip(decisions, costs[1:], strict=True)
         ),
     )
 
 
-def _nearest_high(
-    plan: QuantPlan, read: ReadWeight, name: str, rows: slice | None = None
-) -> NDArray[np.float32]:
+def _nearest(high: QuantPlan, read: ReadWeight, name: str, rows: slice | None = None) -> NDArray[np.float32]:
     """A weight at 8 bits, where methods differ too little to matter."""
-    return nearest(high_storage(plan.by_name[name]), None)(read(name, rows)).dequantize()
+    return nearest(high.by_name[name].storage, None)(read(name, rows)).dequantize()
 
 
 def _decisions(
@@ -202,7 +207,7 @@ def _decisions(
     for group in groups:
         fresh = [name for name in dict.fromkeys(group) if name not in seen]
         seen.update(fresh)
-        decisions.append(tuple(name for name in fresh if not plan.by_name[name].storage.is_float))
+        decisions.append(tuple(name for name in fresh if plan.by_name[name].storage.bits == 4))
     return [names for names in decisions if names]
 
 

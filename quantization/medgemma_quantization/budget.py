@@ -16,7 +16,6 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from medgemma_quantization.plan import PlanRow, QuantPlan
-from medgemma_quantization.scheme import INT8, INT8_BLOCKS, Storage
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.files import replacing
 
@@ -26,7 +25,6 @@ __all__ = [
     "Share",
     "check_floor",
     "choose_bits",
-    "high_storage",
     "parse_size",
     "predicted_kl",
     "read_sensitivity",
@@ -109,12 +107,7 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def high_storage(row: PlanRow) -> Storage:
-    """Where a weight goes that deserves more than 4 bits: tables stay in blocks, as kernels look them up."""
-    return INT8_BLOCKS if row.role == "table" else INT8
-
-
-def check_floor(plan: QuantPlan, budget: Budget) -> None:
+def check_floor(plan: QuantPlan, high: QuantPlan, budget: Budget) -> None:
     """Refuse, from the plan alone, sizes that leave nothing to choose.
 
     Raises:
@@ -122,8 +115,8 @@ def check_floor(plan: QuantPlan, budget: Budget) -> None:
     """
     if budget.size_bytes is None:
         return
-    names = {row.name for row in plan.rows if not row.storage.is_float}
-    smallest, largest = _bits(plan) // 8, _bits(_raised(plan, names)) // 8
+    names = {row.name for row in plan.rows if row.storage.bits == 4}
+    smallest, largest = _bits(plan) // 8, _bits(_raised(plan, high, names)) // 8
     if budget.size_bytes < smallest:
         raise EdgeError(
             f"{budget} was asked for and the smallest plan, {plan.scheme} throughout, takes "
@@ -136,18 +129,19 @@ def check_floor(plan: QuantPlan, budget: Budget) -> None:
         )
 
 
-def choose_bits(plan: QuantPlan, sensitivity: Sensitivity, budget: Budget) -> QuantPlan:
+def choose_bits(plan: QuantPlan, high: QuantPlan, sensitivity: Sensitivity, budget: Budget) -> QuantPlan:
     """The plan with 8 bits for the weights that gain most for each added bit.
 
     Args:
-        plan: All integer weights at 4 bits.
-        sensitivity: Measured on that plan.
+        plan: Weights at 4 bits, those that are to be decided on.
+        high: How each is stored that gets 8 bits: the target's own int8.
+        sensitivity: Measured on these plans.
         budget: How far to go.
 
     Raises:
         EdgeError: If the budget is below the smallest plan, or leaves nothing to choose.
     """
-    check_floor(plan, budget)
+    check_floor(plan, high, budget)
     if budget.max_kl is not None:
         if budget.max_kl <= sensitivity.high_kl:
             raise EdgeError(
@@ -159,18 +153,18 @@ def choose_bits(plan: QuantPlan, sensitivity: Sensitivity, budget: Budget) -> Qu
                 f"{budget} was asked for and {plan.scheme} throughout is measured at "
                 f"{sensitivity.low_kl:.2g}; leave the budget out"
             )
-    ranked = sorted(sensitivity.shares, key=lambda share: -share.kl / _added_bits(plan, share))
+    ranked = sorted(sensitivity.shares, key=lambda share: -share.kl / _added_bits(plan, high, share))
     chosen: set[str] = set()
     bits = _bits(plan)
     for share in ranked:
         if budget.max_kl is not None and predicted_kl(sensitivity, chosen) <= budget.max_kl:
             break
-        added = _added_bits(plan, share)
+        added = _added_bits(plan, high, share)
         if budget.size_bytes is not None and bits + added > budget.size_bytes * 8:
             continue
         chosen.update(share.names)
         bits += added
-    mixed = _raised(plan, chosen)
+    mixed = _raised(plan, high, chosen)
     place = {name: (rank, share) for rank, share in enumerate(ranked, start=1) for name in share.names}
     rows = tuple(
         replace(row, reason=_reason(row, budget, *place[row.name], of=len(ranked)))
@@ -220,14 +214,16 @@ def _bits(plan: QuantPlan) -> int:
     return sum(row.stored_bits for row in plan.rows)
 
 
-def _added_bits(plan: QuantPlan, share: Share) -> int:
-    rows = [plan.by_name[name] for name in share.names]
-    return sum(replace(row, storage=high_storage(row)).stored_bits - row.stored_bits for row in rows)
+def _added_bits(plan: QuantPlan, high: QuantPlan, share: Share) -> int:
+    return _bits(_raised(plan, high, share.names)) - _bits(plan)
 
 
-def _raised(plan: QuantPlan, names: Iterable[str]) -> QuantPlan:
+def _raised(plan: QuantPlan, high: QuantPlan, names: Iterable[str]) -> QuantPlan:
     wanted = set(names)
-    rows = tuple(replace(row, storage=high_storage(row)) if row.name in wanted else row for row in plan.rows)
+    rows = tuple(
+        replace(row, storage=high.by_name[row.name].storage) if row.name in wanted else row
+        for row in plan.rows
+    )
     return replace(plan, rows=rows)
 
 

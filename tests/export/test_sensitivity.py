@@ -22,7 +22,7 @@ from medgemma_quantization.methods import METHODS  # noqa: E402
 from medgemma_quantization.plan import make_plan, read_plan  # noqa: E402
 from medgemma_quantization.scheme import SCHEMES  # noqa: E402
 from medgemma_runtime.errors import EdgeError  # noqa: E402
-from tests.export.short_medgemma import load_short_model  # noqa: E402
+from tests.export.short_models import load_short_model  # noqa: E402
 
 PLENTY = 1 << 30
 TABLE = "language_model.embed_tokens.weight"
@@ -43,15 +43,17 @@ def subject():
     checkpoint = open_checkpoint("sample:medgemma-tiny")
     model = load_short_model(checkpoint)
     plan = make_plan(SCHEMES["int4"], model.weights(), method="search")
-    return model, plan, model.reader(checkpoint), [make_text(seed) for seed in range(3)]
+    high = make_plan(SCHEMES["int8"], model.weights())
+    return model, plan, high, model.reader(checkpoint), [make_text(seed) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
 def measured(subject, tmp_path_factory):
-    model, plan, read, samples = subject
+    model, plan, high, read, samples = subject
     return measure_sensitivity(
         model,
         plan,
+        high,
         read,
         samples,
         tmp_path_factory.mktemp("sensitivity") / "weights",
@@ -83,10 +85,11 @@ def test_decisions_cover_every_integer_weight_once_and_keep_together_what_target
 
 def test_a_cost_is_that_of_rounding_alone(subject, measured, tmp_path):
     """Round to nearest, which knows no inputs, by the way that measures whole models."""
-    model, plan, read, samples = subject
+    model, plan, high, read, samples = subject
     found = measure_sensitivity(
         model,
         plan,
+        high,
         read,
         samples,
         tmp_path / "weights",
@@ -121,11 +124,12 @@ def test_the_tower_costs_nothing_where_no_image_is(measured):
 
 
 def test_variants_side_by_side_are_variants_one_by_one(subject, measured, tmp_path, monkeypatch):
-    model, plan, read, samples = subject
+    model, plan, high, read, samples = subject
     monkeypatch.setattr(sensitivity_module, "_VARIANTS", 3)
     again = measure_sensitivity(
         model,
         plan,
+        high,
         read,
         samples,
         tmp_path / "weights",
@@ -140,7 +144,7 @@ def test_variants_side_by_side_are_variants_one_by_one(subject, measured, tmp_pa
 
 
 def test_a_file_is_read_and_one_of_something_else_refused(subject, measured, tmp_path, monkeypatch):
-    model, plan, read, samples = subject
+    model, plan, high, read, samples = subject
     runs: list[str] = []
 
     def stand_in(*args, key, **more):
@@ -151,6 +155,7 @@ def test_a_file_is_read_and_one_of_something_else_refused(subject, measured, tmp
     given = {
         "model": model,
         "plan": plan,
+        "high": high,
         "read": read,
         "samples": samples,
         "work": tmp_path,
@@ -173,11 +178,12 @@ def test_a_file_is_read_and_one_of_something_else_refused(subject, measured, tmp
 
 
 def test_samples_without_a_next_token_are_refused(subject, tmp_path):
-    model, plan, read, _ = subject
+    model, plan, high, read, _ = subject
     with pytest.raises(EdgeError, match="no text of the calibration set has a next token"):
         measure_sensitivity(
             model,
             plan,
+            high,
             read,
             [make_text(0, length=1)],
             tmp_path / "weights",
@@ -215,7 +221,7 @@ class TestBudget:
         assert plan == decision.plan
         assert sum(row.stored_bits for row in plan.rows) / 8 <= 700_000
         kinds = {str(row.storage) for row in plan.rows}
-        assert {"int4 block 32", "int8 per channel"} <= kinds
+        assert {"int4 block 32", "int8 block 32"} <= kinds
         integers = [row for row in plan.rows if not row.storage.is_float]
         assert all(re.match(r"budget 0\.7 MB: 4 bits .*rank \d+ of 42", row.reason) for row in integers)
         assert artifact.manifest.quantization.scheme == "int4-int8"

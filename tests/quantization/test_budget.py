@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -18,7 +19,7 @@ from medgemma_quantization.budget import (
     write_sensitivity,
 )
 from medgemma_quantization.plan import QuantPlan, WeightSpec, make_plan
-from medgemma_quantization.scheme import SCHEMES
+from medgemma_quantization.scheme import INT8_BLOCKS, SCHEMES
 from medgemma_runtime.errors import EdgeError
 
 # Names to inputs and cost at 4 bits; every matrix has 64 outputs.
@@ -38,6 +39,9 @@ def make_weights() -> list[WeightSpec]:
         WeightSpec(name="table", shape=(32, 64), role="table"),
         WeightSpec(name="norm", shape=(64,), role="norm"),
     ]
+
+
+HIGH = make_plan(SCHEMES["int8"], make_weights())
 
 
 @pytest.fixture
@@ -63,7 +67,8 @@ def raised(plan: QuantPlan) -> set[str]:
 def test_what_gains_most_for_a_bit_goes_first(plan, sensitivity):
     """`b` costs most and takes ten times the bits of `a`; `table` takes half of them; `d` costs nothing."""
     order = [
-        raised(choose_bits(plan, sensitivity, Budget(max_kl=limit))) for limit in (0.41, 0.25, 0.1, 0.03)
+        raised(choose_bits(plan, HIGH, sensitivity, Budget(max_kl=limit)))
+        for limit in (0.41, 0.25, 0.1, 0.03)
     ]
     assert order == [{"a"}, {"a", "table"}, {"a", "table", "b"}, {"a", "table", "b", "c"}]
 
@@ -71,7 +76,7 @@ def test_what_gains_most_for_a_bit_goes_first(plan, sensitivity):
 def test_a_size_is_kept_and_used(plan, sensitivity):
     for extra in (0, 1_000, 5_000, 17_000, 25_000):
         budget = size(plan) + extra
-        mixed = choose_bits(plan, sensitivity, Budget(size_bytes=budget))
+        mixed = choose_bits(plan, HIGH, sensitivity, Budget(size_bytes=budget))
         assert size(mixed) <= budget
         # Nothing that is left at 4 bits would still fit.
         left = plan.by_name.keys() - raised(mixed) - {"norm"}
@@ -82,7 +87,7 @@ def test_a_size_is_kept_and_used(plan, sensitivity):
 def test_no_other_choice_of_the_size_is_better(plan, sensitivity):
     """For these costs; a choice by gain for each bit may miss the best by one weight."""
     budget = size(plan) + 5_000
-    mixed = choose_bits(plan, sensitivity, Budget(size_bytes=budget))
+    mixed = choose_bits(plan, HIGH, sensitivity, Budget(size_bytes=budget))
     names = [*COSTS, "table"]
     best = predicted_kl(sensitivity, raised(mixed))
     for count in range(len(names) + 1):
@@ -92,7 +97,7 @@ def test_no_other_choice_of_the_size_is_better(plan, sensitivity):
 
 
 def test_a_divergence_is_met_and_no_more(plan, sensitivity):
-    mixed = choose_bits(plan, sensitivity, Budget(max_kl=0.25))
+    mixed = choose_bits(plan, HIGH, sensitivity, Budget(max_kl=0.25))
     assert predicted_kl(sensitivity, raised(mixed)) <= 0.25 < predicted_kl(sensitivity, ["a"])
 
 
@@ -104,7 +109,7 @@ def test_the_prediction_lies_between_its_measured_ends(sensitivity):
 
 
 def test_every_row_says_what_it_costs_and_its_rank(plan, sensitivity):
-    mixed = choose_bits(plan, sensitivity, Budget(size_bytes=size(plan) + 2_100))
+    mixed = choose_bits(plan, HIGH, sensitivity, Budget(size_bytes=size(plan) + 2_100))
     assert mixed.scheme == "int4-int8"
     assert str(mixed.by_name["a"].storage) == "int8 per channel"
     reason = mixed.by_name["a"].reason
@@ -118,7 +123,7 @@ def test_every_row_says_what_it_costs_and_its_rank(plan, sensitivity):
 def test_a_table_stays_in_blocks_and_a_group_stays_together(plan, sensitivity):
     shares = (Share(names=("a", "table"), kl=1.0), *sensitivity.shares[1:4])
     grouped = Sensitivity(key="key", tokens=9, shares=shares, low_kl=0.42, high_kl=0.02)
-    mixed = choose_bits(plan, grouped, Budget(size_bytes=size(plan) + 4_000))
+    mixed = choose_bits(plan, HIGH, grouped, Budget(size_bytes=size(plan) + 4_000))
     assert raised(mixed) == {"a", "table"}
     assert str(mixed.by_name["table"].storage) == "int8 block 32"
     assert "4 bits of 2 weights alone cost 1 nats" in mixed.by_name["table"].reason
@@ -132,7 +137,7 @@ def test_padding_is_still_said():
     plan = make_plan(SCHEMES["int4"], weights)
     shares = (Share(names=("up",), kl=1.0), Share(names=("down",), kl=0.1))
     measured = Sensitivity(key="key", tokens=9, shares=shares, low_kl=0.4, high_kl=0.1)
-    mixed = choose_bits(plan, measured, Budget(max_kl=0.2))
+    mixed = choose_bits(plan, make_plan(SCHEMES["int8"], weights), measured, Budget(max_kl=0.2))
     assert raised(mixed) == {"up"}
     assert mixed.by_name["up"].stored_shape == (64, 64)
     assert mixed.by_name["up"].reason.endswith("; hidden axis padded with zeros to a multiple of 32")
@@ -152,10 +157,10 @@ def test_padding_is_still_said():
 )
 def test_budgets_that_leave_nothing_to_choose(plan, sensitivity, budget, says):
     with pytest.raises(EdgeError, match=re.escape(says)):
-        choose_bits(plan, sensitivity, budget)
+        choose_bits(plan, HIGH, sensitivity, budget)
     if budget.size_bytes is not None:
         with pytest.raises(EdgeError, match=re.escape(says)):
-            check_floor(plan, budget)
+            check_floor(plan, HIGH, budget)
 
 
 @pytest.mark.parametrize(
@@ -192,3 +197,14 @@ def test_sensitivities_are_read_back(tmp_path, sensitivity):
         path.write_text(damage)
         with pytest.raises(EdgeError, match="holds no sensitivities"):
             read_sensitivity(path, key="key")
+
+
+def test_what_has_8_bits_already_is_no_decision_and_8_bits_are_the_target_s(sensitivity):
+    """`mobile` stores an image tower in int8, and ONNX stores a decoder's int8 in blocks."""
+    weights = [replace(spec, part="decoder") for spec in make_weights()]
+    weights.append(WeightSpec(name="tower", shape=(64, 64), role="linear"))
+    plan = make_plan(SCHEMES["mobile"], weights)
+    high = make_plan(replace(SCHEMES["int8"], decoder=INT8_BLOCKS), weights)
+    mixed = choose_bits(plan, high, sensitivity, Budget(max_kl=0.25))
+    assert {name for name in raised(mixed) if mixed.by_name[name].storage == INT8_BLOCKS} == {"a", "table"}
+    assert mixed.by_name["tower"] == plan.by_name["tower"]

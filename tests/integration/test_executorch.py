@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("executorch")
 
+from medgemma_benchmarks import latency
 from medgemma_benchmarks.latency import TimedImage, measure_latency
 from medgemma_benchmarks.timing import Repetition
 from medgemma_export import build as build_module
@@ -41,7 +42,7 @@ IMAGE = slice(40, 56)
 class Built:
     """An artifact, what it was made of, and the integers."""
 
-    def __init__(self, directory, *, model, precision, target="executorch", components=()):
+    def __init__(self, directory, *, model, precision, target="executorch", components=(), delegate=None):
         scheme = TARGETS["executorch"].scheme(precision)
         context = 700 if "medgemma" in model else None
         recipe = Recipe(
@@ -52,6 +53,7 @@ class Built:
             components=components,
             out=directory / f"{target}-{precision}",
             context=context,
+            delegate=delegate,
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build_module, "load_model", load_short_model)
@@ -322,7 +324,9 @@ def encoder(tmp_path_factory):
     return Built(tmp_path_factory.mktemp("encoder"), model="sample:medsiglip-tiny", precision="int8")
 
 
-def test_time_is_shared_out_by_operator(encoder):
+def test_time_is_shared_out_by_operator(encoder, monkeypatch):
+    # Fresh processes import PyTorch each, and are not what this is about.
+    monkeypatch.setattr(latency, "measure_process_cost", lambda *_, **__: None)
     report = measure_latency(
         encoder.artifact,
         [TimedImage(name="grey", decode=lambda: np.full((40, 40, 3), 128, np.uint8))],
@@ -354,3 +358,20 @@ def test_an_encoder_embeds_images_and_texts(encoder):
         outputs = compute(built.parts[name], built.weights, inputs, integer_linear=rounding)
         expected = outputs["pooler_output"][0]
         assert np.abs(actual[0] - expected / np.linalg.norm(expected)).max() < 1e-3
+
+
+def test_portable_kernels_alone_compute_the_same(tmp_path):
+    built = Built(
+        tmp_path,
+        model="sample:medsiglip-tiny",
+        precision="fp32",
+        components=("text",),
+        delegate="portable",
+    )
+    ids = load_tokenizer(built.artifact.directory, built.artifact.manifest.text).encode(["a scan"])
+    actual = open_session(built.artifact, "text", threads=1).run({"input_ids": ids})["pooler_output"]
+    expected = compute(built.parts["text"], built.weights, {"input_ids": ids})["pooler_output"]
+    assert np.abs(actual - expected).max() < 1e-4
+    said = json.loads(built.artifact.path("delegation.json").read_text())
+    assert said["delegate"] == "portable"
+    assert said["methods"]["text_encoder"]["delegated"] == said["methods"]["text_encoder"]["calls"] == 0

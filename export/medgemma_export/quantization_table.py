@@ -61,7 +61,7 @@ DEFAULT_ROWS: tuple[str, ...] = (
     "gptq:4.6",
     "gptq:5",
     "gptq:5.5",
-    "gptq:6.5",
+    "gptq:7.5",
     "rtn:int8",
 )
 

@@ -132,6 +132,8 @@ def check_floor(plan: QuantPlan, high: QuantPlan, budget: Budget) -> None:
 def choose_bits(plan: QuantPlan, high: QuantPlan, sensitivity: Sensitivity, budget: Budget) -> QuantPlan:
     """The plan with 8 bits for the weights that gain most for each added bit.
 
+    It is near the best there is, not always the best: to know that, all choices would have to be tried.
+
     Args:
         plan: Weights at 4 bits, those that are to be decided on.
         high: How each is stored that gets 8 bits: the target's own int8.
@@ -154,16 +156,15 @@ def choose_bits(plan: QuantPlan, high: QuantPlan, sensitivity: Sensitivity, budg
                 f"{sensitivity.low_kl:.2g}; leave the budget out"
             )
     ranked = sorted(sensitivity.shares, key=lambda share: -share.kl / _added_bits(plan, high, share))
-    chosen: set[str] = set()
-    bits = _bits(plan)
-    for share in ranked:
-        if budget.max_kl is not None and predicted_kl(sensitivity, chosen) <= budget.max_kl:
-            break
-        added = _added_bits(plan, high, share)
-        if budget.size_bytes is not None and bits + added > budget.size_bytes * 8:
-            continue
-        chosen.update(share.names)
-        bits += added
+    # Beside the plain order, each decision is tried ahead of all others: a table is so large that what goes
+    # before it may leave no room, and is then worth less than the table alone.
+    tried = [
+        _fill(plan, high, sensitivity, budget, (*first, *ranked)) for first in [(), *((s,) for s in ranked)]
+    ]
+    if budget.size_bytes is not None:
+        chosen = min(tried, key=lambda names: predicted_kl(sensitivity, names))
+    else:
+        chosen = min(tried, key=lambda names: _bits(_raised(plan, high, names)))
     mixed = _raised(plan, high, chosen)
     place = {name: (rank, share) for rank, share in enumerate(ranked, start=1) for name in share.names}
     rows = tuple(
@@ -173,6 +174,25 @@ def choose_bits(plan: QuantPlan, high: QuantPlan, sensitivity: Sensitivity, budg
         for row in mixed.rows
     )
     return replace(mixed, scheme=f"{plan.scheme}-int8", rows=rows)
+
+
+def _fill(
+    plan: QuantPlan, high: QuantPlan, sensitivity: Sensitivity, budget: Budget, order: Iterable[Share]
+) -> set[str]:
+    """The names of what is raised when decisions are taken in turn, those that do not fit left out."""
+    chosen: set[str] = set()
+    bits = _bits(plan)
+    for share in order:
+        if budget.max_kl is not None and predicted_kl(sensitivity, chosen) <= budget.max_kl:
+            break
+        added = _added_bits(plan, high, share)
+        if chosen.issuperset(share.names) or (
+            budget.size_bytes is not None and bits + added > budget.size_bytes * 8
+        ):
+            continue
+        chosen.update(share.names)
+        bits += added
+    return chosen
 
 
 def predicted_kl(sensitivity: Sensitivity, raised: Iterable[str]) -> float:

@@ -64,13 +64,13 @@ def raised(plan: QuantPlan) -> set[str]:
     return {row.name for row in plan.rows if row.storage.bits == 8}
 
 
-def test_what_gains_most_for_a_bit_goes_first(plan, sensitivity):
+def test_a_divergence_is_met_by_the_least_bits(plan, sensitivity):
     """`b` costs most and takes ten times the bits of `a`; `table` takes half of them; `d` costs nothing."""
-    order = [
+    chosen = [
         raised(choose_bits(plan, HIGH, sensitivity, Budget(max_kl=limit)))
         for limit in (0.41, 0.25, 0.1, 0.03)
     ]
-    assert order == [{"a"}, {"a", "table"}, {"a", "table", "b"}, {"a", "table", "b", "c"}]
+    assert chosen == [{"table"}, {"a", "table"}, {"a", "b"}, {"a", "table", "b", "c"}]
 
 
 def test_a_size_is_kept_and_used(plan, sensitivity):
@@ -94,6 +94,20 @@ def test_no_other_choice_of_the_size_is_better(plan, sensitivity):
         for some in combinations(names, count):
             if sum(ADDED[name] for name in some) <= 5_000:
                 assert predicted_kl(sensitivity, some) >= best - 1e-12
+
+
+def test_a_large_table_is_not_crowded_out(plan):
+    """What gains most for a bit goes first where it leaves room for more, and else what is worth more."""
+    shares = (Share(names=("a",), kl=0.30), Share(names=("table",), kl=0.15))
+    costs = Sensitivity(key="key", tokens=9, shares=shares, low_kl=0.5, high_kl=0.05)
+    room = Budget(size_bytes=size(plan) + ADDED["a"] + ADDED["table"] - 1)
+    assert raised(choose_bits(plan, HIGH, costs, room)) == {"a"}
+    shares = (Share(names=("table",), kl=0.15), Share(names=("b",), kl=0.30))
+    costs = Sensitivity(key="key", tokens=9, shares=shares, low_kl=0.5, high_kl=0.05)
+    room = Budget(size_bytes=size(plan) + ADDED["b"] + 10)
+    assert raised(choose_bits(plan, HIGH, costs, room)) == {"b"}
+    # By divergence, too: `table` first would need `b` as well.
+    assert raised(choose_bits(plan, HIGH, costs, Budget(max_kl=0.21))) == {"b"}
 
 
 def test_a_divergence_is_met_and_no_more(plan, sensitivity):

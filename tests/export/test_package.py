@@ -156,8 +156,8 @@ def test_what_lowers_all_weights_at_once_holds_them():
     ]
     needs = predict_needs(make_plan(SCHEMES["int4"], weights), at_once=True)
     values = 64 * ((1 << 10) + (1 << 24))
-    # As int8, packed with float16 scales, and four copies of the largest.
-    assert needs.memory_bytes == values + values * 9 // 16 + 4 * (64 << 24) + package._REST_BYTES
+    # As int8, four copies packed with float16 scales, and four of the largest.
+    assert needs.memory_bytes == values + 4 * (values * 9 // 16) + 4 * (64 << 24) + package._REST_BYTES
     assert needs.heaviest == "to lower all weights at once"
 
 

@@ -173,7 +173,7 @@ def predict_needs(plan: QuantPlan, *, calibration_bytes: int | None = None, at_o
             if not row.storage.is_float
         ]
     if at_once:
-        # Integers as int8, copies of what they are packed to (16.1 GB were measured for 4B), and of the largest.
+        # Integers as int8, copies of what they are packed to and of the largest; 4B was measured: 16.1 GB.
         held = sum(math.prod(row.stored_shape) * (4 if row.storage.is_float else 1) for row in plan.rows)
         largest = max(math.prod(row.stored_shape) for row in plan.rows)
         packed = sum(row.stored_bits // 8 for row in plan.rows)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle
-from medgemma_export.reference_prompts import PromptText
-from medgemma_export.reference_text import record_text_reference
+from medgemma_export.reference.decoders import record_text_reference
+from medgemma_export.reference.prompts import PromptText
 
 MODEL = "sample:medgemma-tiny"
 

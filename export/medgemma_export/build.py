@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medgemma_export.adapter import merge_adapter
-from medgemma_export.calibration_reach import (
+from medgemma_export.calibration.integers import make_integers
+from medgemma_export.calibration.reach import (
     check_chain,
     check_ranges,
     reached_folds,
@@ -16,7 +17,6 @@ from medgemma_export.calibration_reach import (
     unreached_weights,
 )
 from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoint
-from medgemma_export.integers import make_integers
 from medgemma_export.models import ModelSpec, load_model
 from medgemma_export.package import (
     Needs,
@@ -167,7 +167,7 @@ def _quantize(recipe: Recipe, decision: Decision, directory: Path, progress: Pro
     checkpoint, model = decision.checkpoint, decision.model
     inputs = None
     if decision.samples is not None:
-        from medgemma_export.calibration_inputs import model_inputs  # PyTorch
+        from medgemma_export.calibration.inputs import model_inputs  # PyTorch
 
         progress("prepare calibration samples", 0, 1)
         inputs = model_inputs(decision.samples, model, checkpoint)
@@ -193,8 +193,8 @@ def _sensitivity(
     progress: Progress,
 ) -> Sensitivity:
     """What 4 bits cost, from the recipe's file or measured."""
-    from medgemma_export.calibration_inputs import model_inputs  # PyTorch
-    from medgemma_export.sensitivity import open_sensitivity
+    from medgemma_export.calibration.inputs import model_inputs  # PyTorch
+    from medgemma_export.calibration.sensitivity import open_sensitivity
 
     progress("hash the checkpoint", 0, 1)
     recipe.out.parent.mkdir(parents=True, exist_ok=True)

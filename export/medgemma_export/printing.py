@@ -17,7 +17,7 @@ from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.command import printable
 
 if TYPE_CHECKING:
-    from medgemma_export.range_audit import RangeAudit
+    from medgemma_export.calibration.range_audit import RangeAudit
 
 __all__ = ["print_decision", "print_artifact", "print_bundle", "print_ablation", "print_ranges"]
 

@@ -10,10 +10,10 @@ pytest.importorskip("transformers")
 
 import torch
 
-from medgemma_export.ablation import ABLATIONS, _run, _states, ablate
 from medgemma_export.checkpoint import open_checkpoint
-from medgemma_export.cli import reference_main
-from medgemma_export.reference_text import encode_prompts, open_network
+from medgemma_export.reference.ablation import ABLATIONS, _run, _states, ablate
+from medgemma_export.reference.cli import reference_main
+from medgemma_export.reference.decoders import encode_prompts, open_network
 from tests import tiny_prompts
 
 BY_NAME = {ablation.name: ablation for ablation in ABLATIONS}

@@ -9,16 +9,16 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from medgemma_export import fidelity as fidelity_module  # noqa: E402
 from medgemma_export.build import build, decide  # noqa: E402
-from medgemma_export.calibrate import (  # noqa: E402
+from medgemma_export.calibration import fidelity as fidelity_module  # noqa: E402
+from medgemma_export.calibration.calibrate import (  # noqa: E402
     ModelInput,
     calibrate,
 )
-from medgemma_export.calibration_inputs import model_inputs  # noqa: E402
-from medgemma_export.calibration_reach import check_chain, unreached_weights  # noqa: E402
+from medgemma_export.calibration.fidelity import Fidelity, measure  # noqa: E402
+from medgemma_export.calibration.inputs import model_inputs  # noqa: E402
+from medgemma_export.calibration.reach import check_chain, unreached_weights  # noqa: E402
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from medgemma_export.fidelity import Fidelity, measure  # noqa: E402
 from medgemma_export.models import ModelSpec, load_model  # noqa: E402
 from medgemma_export.recipe import Recipe  # noqa: E402
 from medgemma_export.torch_ops import compute  # noqa: E402

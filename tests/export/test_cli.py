@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from medgemma_export import cli
-from medgemma_export.cli import export_main, reference_main
+from medgemma_export.cli import export_main
+from medgemma_export.reference import cli as reference_cli
+from medgemma_export.reference.cli import reference_main
 from medgemma_runtime.manifest import read_manifest
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -123,8 +125,8 @@ def test_references_take_a_revision(call, monkeypatch, tmp_path):
         given.append(revision)
         raise KeyboardInterrupt
 
-    pytest.importorskip("medgemma_export.packing")
-    monkeypatch.setattr("medgemma_export.packing.record_packing", record_packing)
+    pytest.importorskip("medgemma_export.reference.packing")
+    monkeypatch.setattr("medgemma_export.reference.packing.record_packing", record_packing)
     words = ("packing", tmp_path, *model, "--reference", tmp_path, "--out", "packing")
     call(reference_main, *words, "--revision", "v1")
     call(reference_main, *words)
@@ -206,7 +208,7 @@ def test_examples_name_options_that_exist(call):
         (export_main, cli._EXAMPLES, [()]),
         (
             reference_main,
-            cli._REFERENCE_EXAMPLES,
+            reference_cli._EXAMPLES,
             [("record",), ("packing",), ("ranges",), ("quantization",)],
         ),
     ):

@@ -14,12 +14,12 @@ pytest.importorskip("transformers")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from medgemma_export.build import build, decide  # noqa: E402
-from medgemma_export.calibrate import ModelInput, calibrate, measure  # noqa: E402
+from medgemma_export.calibration.calibrate import ModelInput, calibrate, measure  # noqa: E402
+from medgemma_export.calibration.equalize import equalize  # noqa: E402
+from medgemma_export.calibration.fold_ops import find_folds, planned_folds  # noqa: E402
+from medgemma_export.calibration.observation import observe  # noqa: E402
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
-from medgemma_export.equalize import equalize  # noqa: E402
-from medgemma_export.fold_ops import find_folds, planned_folds  # noqa: E402
 from medgemma_export.models import load_model  # noqa: E402
-from medgemma_export.observation import observe  # noqa: E402
 from medgemma_export.recipe import Recipe  # noqa: E402
 from medgemma_quantization.equalization import FACTORS_NAME, Equalization  # noqa: E402
 from medgemma_quantization.folds import Fold  # noqa: E402
@@ -335,8 +335,8 @@ class TestBuild:
     def test_packing_is_held_against_integers_made_again_from_the_factors(self, artifact, tmp_path):
         from medgemma_benchmarks.bundle import DecodedImage
         from medgemma_benchmarks.bundle_record import ReferenceLabel
-        from medgemma_export.packing import record_packing
-        from medgemma_export.reference import record_reference
+        from medgemma_export.reference.encoders import record_reference
+        from medgemma_export.reference.packing import record_packing
 
         shown = DecodedImage(
             name="one",
@@ -381,7 +381,7 @@ class TestBuild:
             assert (again.directory / name).read_bytes() == (artifact.directory / name).read_bytes()
 
     def test_integers_that_samples_decided_cannot_be_made_again(self, place, tmp_path):
-        from medgemma_export.packing import record_packing
+        from medgemma_export.reference.packing import record_packing
 
         artifact = build(
             self.request(place, tmp_path / "artifact", method="gptq"), progress=lambda *step: None

@@ -7,8 +7,8 @@ import onnxruntime
 import pytest
 
 from medgemma_export.build import build, decide
-from medgemma_export.exact_program import write_exact_program
 from medgemma_export.recipe import Recipe
+from medgemma_export.reference.exact_program import write_exact_program
 from medgemma_export.targets import onnx_ops
 from medgemma_export.torch_ops import compute
 from medgemma_export.unpack import compare_integers

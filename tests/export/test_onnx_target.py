@@ -11,8 +11,8 @@ import pytest
 
 from medgemma_export.build import build, decide
 from medgemma_export.emulation import onnx_integer_linear
-from medgemma_export.exact_program import write_exact_program
 from medgemma_export.recipe import Recipe
+from medgemma_export.reference.exact_program import write_exact_program
 from medgemma_export.targets import TARGETS
 from medgemma_export.torch_ops import compute
 from medgemma_quantization.affine import unpack_int4

@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from medgemma_export.peer_rounding import PEERS, peer_reader
+from medgemma_export.calibration.peer_rounding import PEERS, peer_reader
 from medgemma_quantization.plan import WeightSpec, make_plan
 from medgemma_quantization.scheme import SCHEMES
 

@@ -11,12 +11,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
 from medgemma_benchmarks.results import read_result  # noqa: E402
-from medgemma_export import quantization_table  # noqa: E402
-from medgemma_export.calibration_inputs import caption_inputs, model_inputs  # noqa: E402
+from medgemma_export.calibration import quantization_table  # noqa: E402
+from medgemma_export.calibration.fidelity import embed_images, measure  # noqa: E402
+from medgemma_export.calibration.inputs import caption_inputs, model_inputs  # noqa: E402
+from medgemma_export.calibration.quantization_table import DEFAULT_ROWS, parse_row, tabulate  # noqa: E402
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
-from medgemma_export.fidelity import embed_images, measure  # noqa: E402
 from medgemma_export.models import load_model  # noqa: E402
-from medgemma_export.quantization_table import DEFAULT_ROWS, parse_row, tabulate  # noqa: E402
 from medgemma_export.torch_ops import compute  # noqa: E402
 from medgemma_quantization.calibration import BUILTIN, held_out_set, open_set  # noqa: E402
 from medgemma_quantization.plan import make_plan  # noqa: E402

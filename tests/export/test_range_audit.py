@@ -9,13 +9,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from medgemma_export.calibrate import ModelInput  # noqa: E402
+from medgemma_export.calibration.calibrate import ModelInput  # noqa: E402
+from medgemma_export.calibration.observation import observe  # noqa: E402
+from medgemma_export.calibration.range_audit import FLOAT16_MAX, Peak, audit_ranges  # noqa: E402
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from medgemma_export.cli import reference_main  # noqa: E402
 from medgemma_export.emulation import Float16Ops  # noqa: E402
 from medgemma_export.models import load_model  # noqa: E402
-from medgemma_export.observation import observe  # noqa: E402
-from medgemma_export.range_audit import FLOAT16_MAX, Peak, audit_ranges  # noqa: E402
+from medgemma_export.reference.cli import reference_main  # noqa: E402
 from medgemma_export.torch_ops import TorchOps  # noqa: E402
 from medgemma_runtime.errors import EdgeError  # noqa: E402
 

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, open_bundle  # noqa: E402 - after importorskip
 from medgemma_benchmarks.bundle_record import ReferenceLabel  # noqa: E402 - after importorskip
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from medgemma_export.reference import (  # noqa: E402
+from medgemma_export.reference.encoders import (  # noqa: E402
     canonicalize,
     prepare_inputs,
     record_reference,

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from medgemma_benchmarks.bundle_record import ReferenceLabel
-from medgemma_export.reference_images import (
+from medgemma_export.reference.images import (
     Labels,
     directory_images,
     read_labels,

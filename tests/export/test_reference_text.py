@@ -18,14 +18,14 @@ from medgemma_benchmarks.bundle import ReferenceBundle, open_bundle
 from medgemma_benchmarks.prediction_parity import recorded_prompts
 from medgemma_benchmarks.teacher_forced import reference_logits
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint
-from medgemma_export.reference_prompts import directory_prompts, image_prompts, note_prompts
-from medgemma_export.reference_text import (
+from medgemma_export.reference.decoders import (
     _set_released_scale,
     encode_prompts,
     record_text_reference,
     records_text,
     sees_images,
 )
+from medgemma_export.reference.prompts import directory_prompts, image_prompts, note_prompts
 from medgemma_runtime.errors import CheckpointError, EdgeError
 from medgemma_runtime.sample_notes import SAMPLE_NOTES
 from tests import tiny_prompts

@@ -10,13 +10,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from medgemma_export import sensitivity as sensitivity_module  # noqa: E402
 from medgemma_export.build import build, decide  # noqa: E402
-from medgemma_export.calibrate import ModelInput  # noqa: E402
+from medgemma_export.calibration import sensitivity as sensitivity_module  # noqa: E402
+from medgemma_export.calibration.calibrate import ModelInput  # noqa: E402
+from medgemma_export.calibration.fidelity import measure  # noqa: E402
+from medgemma_export.calibration.sensitivity import measure_sensitivity, open_sensitivity  # noqa: E402
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
-from medgemma_export.fidelity import measure  # noqa: E402
 from medgemma_export.recipe import Recipe  # noqa: E402
-from medgemma_export.sensitivity import measure_sensitivity, open_sensitivity  # noqa: E402
 from medgemma_quantization.budget import Budget  # noqa: E402
 from medgemma_quantization.methods import METHODS  # noqa: E402
 from medgemma_quantization.plan import make_plan, read_plan  # noqa: E402

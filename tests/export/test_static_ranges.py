@@ -12,13 +12,13 @@ pytest.importorskip("transformers")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from medgemma_export.build import build, decide  # noqa: E402
-from medgemma_export.calibrate import ModelInput  # noqa: E402
+from medgemma_export.calibration.calibrate import ModelInput  # noqa: E402
+from medgemma_export.calibration.static_ranges import find_ranges  # noqa: E402
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
 from medgemma_export.emulation import onnx_integer_linear  # noqa: E402
-from medgemma_export.exact_program import write_exact_program  # noqa: E402
 from medgemma_export.models import load_model  # noqa: E402
 from medgemma_export.recipe import Recipe  # noqa: E402
-from medgemma_export.static_ranges import find_ranges  # noqa: E402
+from medgemma_export.reference.exact_program import write_exact_program  # noqa: E402
 from medgemma_export.torch_ops import compute, weight_only  # noqa: E402
 from medgemma_export.unpack import compare_integers  # noqa: E402
 from medgemma_quantization.activations import RANGES_NAME, read_ranges  # noqa: E402

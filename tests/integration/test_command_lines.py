@@ -16,7 +16,8 @@ from unittest import mock
 import pytest
 
 from medgemma_benchmarks.cli import bench_main, parity_main, report_main
-from medgemma_export.cli import export_main, reference_main
+from medgemma_export.cli import export_main
+from medgemma_export.reference.cli import reference_main
 from medgemma_runtime.cli import main as run_main
 
 MODEL = "sample:medsiglip-tiny"

@@ -22,7 +22,7 @@ from medgemma_benchmarks.results import read_result
 from medgemma_export.build import build
 from medgemma_export.checkpoint import open_checkpoint
 from medgemma_export.recipe import Recipe
-from medgemma_export.reference_text import record_text_reference
+from medgemma_export.reference.decoders import record_text_reference
 from medgemma_export.targets import TARGETS
 from medgemma_export.targets.coreml_package import MODEL_PATH
 from medgemma_runtime.artifact import Artifact, open_artifact, sha256_file

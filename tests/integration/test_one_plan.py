@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from medgemma_export.calibrate import ModelInput, calibrate  # noqa: E402
+from medgemma_export.calibration.calibrate import ModelInput, calibrate  # noqa: E402
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
 from medgemma_export.models import load_model  # noqa: E402
 from medgemma_export.targets import TARGETS  # noqa: E402

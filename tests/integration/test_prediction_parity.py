@@ -16,8 +16,8 @@ from medgemma_benchmarks.parity_inputs import ParityError
 from medgemma_benchmarks.prediction_parity import check_predictions
 from medgemma_benchmarks.results import read_result
 from medgemma_export.build import build
-from medgemma_export.packing import record_packing
 from medgemma_export.recipe import Recipe
+from medgemma_export.reference.packing import record_packing
 from medgemma_quantization.scheme import SCHEMES
 from medgemma_runtime.artifact import open_artifact
 from medgemma_runtime.backends import open_session

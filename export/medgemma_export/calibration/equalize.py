@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_export.calibrate import ModelInput
-from medgemma_export.fold_ops import planned_folds
-from medgemma_export.lockstep_ops import Samples
+from medgemma_export.calibration.calibrate import ModelInput
+from medgemma_export.calibration.fold_ops import planned_folds
+from medgemma_export.calibration.lockstep_ops import Samples
+from medgemma_export.calibration.observation import observe
 from medgemma_export.models import ModelSpec
-from medgemma_export.observation import observe
 from medgemma_quantization.equalization import Equalization
 from medgemma_quantization.methods.method import FindFactors
 from medgemma_quantization.observers import Moments

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medgemma_export.calibrate import ModelInput, as_floats, run_lockstep
-from medgemma_export.lockstep_ops import Memo, Samples
+from medgemma_export.calibration.calibrate import ModelInput, as_floats, run_lockstep
+from medgemma_export.calibration.lockstep_ops import Memo, Samples
 from medgemma_export.models import ModelSpec
 from medgemma_export.torch_ops import compute
 from medgemma_quantization.plan import QuantPlan

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from medgemma_export.fold_ops import planned_folds
+from medgemma_export.calibration.fold_ops import planned_folds
 from medgemma_export.models import ModelSpec
 from medgemma_export.models.spec import Component
 from medgemma_quantization.calibration import CalibrationSet

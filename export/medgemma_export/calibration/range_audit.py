@@ -11,10 +11,10 @@ from typing import Final, Literal
 
 import numpy as np
 
-from medgemma_export.calibrate import ModelInput
-from medgemma_export.lockstep_ops import Samples
+from medgemma_export.calibration.calibrate import ModelInput
+from medgemma_export.calibration.lockstep_ops import Samples
+from medgemma_export.calibration.observation import observe
 from medgemma_export.models import ModelSpec
-from medgemma_export.observation import observe
 from medgemma_quantization.weights import ReadWeight
 from medgemma_runtime.errors import EdgeError
 

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, open_bundle, write_bundle
+from medgemma_export.calibration.fold_ops import planned_folds
 from medgemma_export.checkpoint import open_checkpoint
-from medgemma_export.exact_program import write_exact_program
-from medgemma_export.fold_ops import planned_folds
 from medgemma_export.models import Component, load_model
 from medgemma_export.package import require_absent
-from medgemma_export.reference import describe_torch
+from medgemma_export.reference.encoders import describe_torch
+from medgemma_export.reference.exact_program import write_exact_program
 from medgemma_export.targets import TARGETS
 from medgemma_export.torch_ops import IntegerLinear, compute, weight_only
 from medgemma_export.unpack import compare_integers

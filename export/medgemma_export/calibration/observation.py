@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from medgemma_export.calibrate import ModelInput, component_inputs
-from medgemma_export.lockstep_ops import LockstepOps, Meet, Memo, Samples, SampleStore
+from medgemma_export.calibration.calibrate import ModelInput, component_inputs
+from medgemma_export.calibration.lockstep_ops import LockstepOps, Meet, Memo, Samples, SampleStore
 from medgemma_export.models import ModelSpec
 from medgemma_export.torch_ops import TorchOps
 from medgemma_quantization.plan import make_plan

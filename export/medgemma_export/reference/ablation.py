@@ -18,9 +18,9 @@ from medgemma_benchmarks.gates import load_gates
 from medgemma_benchmarks.parity_report import PredictionParity
 from medgemma_benchmarks.teacher_forced import compare_predictions, reference_logits, summarize
 from medgemma_export.checkpoint import open_checkpoint
-from medgemma_export.original import Device
-from medgemma_export.reference_prompts import PromptText
-from medgemma_export.reference_text import EncodedPrompt, encode_prompts, hidden_states, open_network
+from medgemma_export.reference.decoders import EncodedPrompt, encode_prompts, hidden_states, open_network
+from medgemma_export.reference.original import Device
+from medgemma_export.reference.prompts import PromptText
 from medgemma_runtime.command import Progress
 
 __all__ = ["Ablation", "ABLATIONS", "ablate"]

@@ -25,15 +25,15 @@ from medgemma_benchmarks.quantization_report import (
     QuantizationRow,
 )
 from medgemma_benchmarks.results import read_result, to_json
-from medgemma_export.calibrate import ModelInput
-from medgemma_export.calibration_inputs import caption_inputs, model_inputs
-from medgemma_export.calibration_reach import takes, unreached_weights
+from medgemma_export.calibration.calibrate import ModelInput
+from medgemma_export.calibration.fidelity import embed_images, measure
+from medgemma_export.calibration.inputs import caption_inputs, model_inputs
+from medgemma_export.calibration.integers import make_integers
+from medgemma_export.calibration.peer_rounding import PEERS, PeerName, peer_reader
+from medgemma_export.calibration.reach import takes, unreached_weights
+from medgemma_export.calibration.sensitivity import open_sensitivity
 from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoint
-from medgemma_export.fidelity import embed_images, measure
-from medgemma_export.integers import make_integers
 from medgemma_export.models import ModelSpec, load_model
-from medgemma_export.peer_rounding import PEERS, PeerName, peer_reader
-from medgemma_export.sensitivity import open_sensitivity
 from medgemma_quantization.budget import Budget, Sensitivity, choose_bits, predicted_kl
 from medgemma_quantization.calibration import CalibrationSet, held_out_set, open_set
 from medgemma_quantization.methods import METHODS, MethodName
@@ -310,7 +310,7 @@ def _key(subject: _Subject, plan: QuantPlan) -> str:
         subject.weights_sha256,
         plan.sha256,
         subject.calibration.sha256,
-        source_fingerprint(Path(__file__).parent),
+        source_fingerprint(Path(__file__).parent.parent),
     )
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 

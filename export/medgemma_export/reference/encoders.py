@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, write_bundle
 from medgemma_benchmarks.bundle_record import Producer, ReferenceLabel, StageTiming
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint
-from medgemma_export.original import (
+from medgemma_export.reference.original import (
     ATTENTION,
     Device,
     Dtype,

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from medgemma_export.calibrate import ModelInput
-from medgemma_export.calibration_reach import check_ranges
-from medgemma_export.lockstep_ops import Samples
+from medgemma_export.calibration.calibrate import ModelInput
+from medgemma_export.calibration.lockstep_ops import Samples
+from medgemma_export.calibration.observation import observe
+from medgemma_export.calibration.reach import check_ranges
 from medgemma_export.models import ModelSpec
-from medgemma_export.observation import observe
 from medgemma_quantization.activations import ActivationRange, choose_range
 from medgemma_quantization.observers import Range
 from medgemma_quantization.plan import QuantPlan

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_export.calibrate import ModelInput
+from medgemma_export.calibration.calibrate import ModelInput
 from medgemma_export.checkpoint import Checkpoint
 from medgemma_export.models import ModelSpec
 from medgemma_quantization.calibration import CalibrationSample, CalibrationSet

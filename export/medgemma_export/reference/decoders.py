@@ -19,7 +19,7 @@ from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, write_bund
 from medgemma_benchmarks.bundle_record import Producer, ReferencePrompt
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint
 from medgemma_export.models import load_model
-from medgemma_export.original import (
+from medgemma_export.reference.original import (
     ATTENTION,
     Device,
     Dtype,
@@ -29,7 +29,7 @@ from medgemma_export.original import (
     import_transformers,
     package_versions,
 )
-from medgemma_export.reference_prompts import PromptText
+from medgemma_export.reference.prompts import PromptText
 from medgemma_runtime.command import Progress
 from medgemma_runtime.errors import CheckpointError, EdgeError
 from medgemma_runtime.manifest import ImageSpec

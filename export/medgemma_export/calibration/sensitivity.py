@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_export.calibrate import ModelInput, round_apart
-from medgemma_export.calibration_reach import takes_pixels
-from medgemma_export.fidelity import Fidelity, measure_apart
+from medgemma_export.calibration.calibrate import ModelInput, round_apart
+from medgemma_export.calibration.fidelity import Fidelity, measure_apart
+from medgemma_export.calibration.reach import takes_pixels
 from medgemma_export.models import ModelSpec
 from medgemma_quantization.budget import (
     Sensitivity,

@@ -16,7 +16,7 @@ from medgemma_runtime.command import Progress
 from medgemma_runtime.errors import EdgeError
 
 if TYPE_CHECKING:
-    from medgemma_export.calibrate import ModelInput
+    from medgemma_export.calibration.calibrate import ModelInput
 
 __all__ = ["make_integers"]
 
@@ -68,7 +68,7 @@ def make_integers(
             progress=lambda done, total: progress("quantize", done, total),
         )
         return replace(weights, inputs=inputs)
-    from medgemma_export.calibrate import calibrate  # PyTorch
+    from medgemma_export.calibration.calibrate import calibrate  # PyTorch
 
     weights = calibrate(
         model,
@@ -94,7 +94,7 @@ def _static_ranges(
     progress: Progress,
 ) -> dict[str, ActivationRange]:
     """The ranges that an interrupted run has left, or new ones."""
-    from medgemma_export.static_ranges import find_ranges  # PyTorch
+    from medgemma_export.calibration.static_ranges import find_ranges  # PyTorch
 
     try:
         return read_ranges(directory)
@@ -123,8 +123,8 @@ def _equalization(
     progress: Progress,
 ) -> Equalization:
     """The factors that an interrupted run has left, or new ones."""
-    from medgemma_export.equalize import equalize  # PyTorch
-    from medgemma_export.fold_ops import planned_folds
+    from medgemma_export.calibration.equalize import equalize  # PyTorch
+    from medgemma_export.calibration.fold_ops import planned_folds
 
     find = METHODS[method].factors
     if find is None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medgemma_export.calibration_reach import takes_pixels
-from medgemma_export.lockstep_ops import LockstepOps, Meet, Memo, Samples, SampleStore
+from medgemma_export.calibration.lockstep_ops import LockstepOps, Meet, Memo, Samples, SampleStore
+from medgemma_export.calibration.reach import takes_pixels
 from medgemma_export.models import ModelSpec
 from medgemma_export.models.spec import Component
 from medgemma_export.torch_ops import TorchOps

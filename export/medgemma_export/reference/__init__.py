@@ -1,0 +1,1 @@
+"""What the original model computes, recorded with transformers, for artifacts to be held against."""

@@ -44,7 +44,14 @@ demo: $(VENV)/.installed
 	  --out $(OUT)/medgemma-parity.json
 	medgemma-run generate $(OUT)/medgemma-int4 --max-tokens 12 --prompt "Describe this image." --image \
 	  "$$(python -c 'from medgemma_runtime.sample_images import *; print(sample_image_path(SAMPLE_IMAGES[0]))')"
-	medgemma-report $(OUT)/medgemma-parity.json --out $(OUT)/report-medgemma
+	medgemma-reference quantization --model sample:medgemma-tiny --tokens 16 --row rtn:int4 --row gptq:int4 \
+	  --row llama.cpp-q4_0 --out $(OUT)/medgemma-quantization.json
+	medgemma-export --target coreml --model sample:medgemma-tiny --scheme mobile --context 512 \
+	  --out $(OUT)/medgemma-coreml
+	medgemma-run inspect $(OUT)/medgemma-coreml
+	medgemma-export --target executorch --model $(MODEL) --precision int8 --out $(OUT)/executorch
+	medgemma-parity $(OUT)/executorch --reference $(OUT)/reference --out $(OUT)/parity-executorch.json
+	medgemma-report $(OUT)/medgemma-parity.json $(OUT)/medgemma-quantization.json --out $(OUT)/report-medgemma
 	medgemma-report $(OUT)/parity-*.json $(OUT)/latency-*.json --out $(OUT)/report
 
 test: $(VENV)/.installed

@@ -14,8 +14,9 @@ pytest.importorskip("transformers")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from medgemma_export.build import build, decide  # noqa: E402
-from medgemma_export.calibration.calibrate import ModelInput, calibrate, measure  # noqa: E402
+from medgemma_export.calibration.calibrate import ModelInput, calibrate  # noqa: E402
 from medgemma_export.calibration.equalize import equalize  # noqa: E402
+from medgemma_export.calibration.fidelity import measure  # noqa: E402
 from medgemma_export.calibration.fold_ops import find_folds, planned_folds  # noqa: E402
 from medgemma_export.calibration.observation import observe  # noqa: E402
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
@@ -26,7 +27,7 @@ from medgemma_quantization.folds import Fold  # noqa: E402
 from medgemma_quantization.methods import METHODS  # noqa: E402
 from medgemma_quantization.plan import make_plan, read_plan  # noqa: E402
 from medgemma_quantization.scheme import SCHEMES  # noqa: E402
-from medgemma_quantization.weights import quantize_weights  # noqa: E402
+from medgemma_quantization.weights import QuantizedWeights, quantize_weights  # noqa: E402
 from medgemma_runtime.errors import EdgeError  # noqa: E402
 from tests.benchmarks.tiny_bundle import write_tiny_bundle  # noqa: E402
 
@@ -239,11 +240,24 @@ def test_awq_makes_int4_no_worse_and_its_factors_merge_with_gptq(tiny, tiny_mode
     )
     for source, values in found.factors.items():
         np.testing.assert_array_equal(again.factors[source], values)
+
+    def kl(weights: QuantizedWeights) -> float:
+        [fidelity] = measure(
+            tiny_model,
+            plan,
+            read_uneven,
+            [weights.current],
+            samples,
+            spill=tmp_path,
+            memory_bytes=PLENTY,
+        )
+        return float(fidelity.kl.mean())
+
     divergence = {}
     for name, given in (("rtn", read_uneven), ("awq", found.reader(read_uneven))):
         weights = quantize_weights(plan, given, tmp_path / name)
         # Against the float model, which the factors leave as it is.
-        divergence[name] = measure(tiny_model, weights, samples, memory_bytes=PLENTY).kl.mean()
+        divergence[name] = kl(weights)
     assert divergence["awq"] < divergence["rtn"]
     weights = calibrate(
         tiny_model,
@@ -254,7 +268,7 @@ def test_awq_makes_int4_no_worse_and_its_factors_merge_with_gptq(tiny, tiny_mode
         find=METHODS["awq-gptq"].find,
         memory_bytes=PLENTY,
     )
-    assert measure(tiny_model, weights, samples, memory_bytes=PLENTY).kl.mean() < divergence["awq"]
+    assert kl(weights) < divergence["awq"]
 
 
 def test_what_no_sample_reaches_keeps_its_scale(tiny, tiny_model):

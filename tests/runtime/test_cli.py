@@ -333,7 +333,7 @@ def test_threads_reach_the_engine(commands: Commands, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         embed,
         "open_session",
-        lambda artifact, name, *, threads: seen.append(threads) or real(artifact, name),
+        lambda artifact, name, *, threads, arithmetic: seen.append(threads) or real(artifact, name),
     )
     commands.json("embed", "artifact", "--text", "red", "--threads", "1")
     commands.json("embed", "artifact", "--text", "red")

@@ -71,12 +71,12 @@ def test_a_context_must_hold_a_question_and_fit_memory(medgemma, context, messag
 
 
 def test_only_executorch_has_delegates():
-    assert choose_target("executorch", "portable") == ExecutorchTarget(delegate="portable")
+    assert choose_target("executorch", delegate="portable") == ExecutorchTarget(delegate="portable")
     assert choose_target("onnx") is TARGETS["onnx"]
     with pytest.raises(EdgeError, match="within --target executorch; onnx has none"):
-        choose_target("onnx", "xnnpack")
+        choose_target("onnx", delegate="xnnpack")
     with pytest.raises(EdgeError, match="'cuda' is unknown; choose one of xnnpack"):
-        choose_target("executorch", "cuda")
+        choose_target("executorch", delegate="cuda")
 
 
 @pytest.mark.parametrize("storage", [INT4, INT8])

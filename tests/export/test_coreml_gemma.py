@@ -300,6 +300,12 @@ def test_caches_that_no_phone_holds_are_refused(exported):
         TARGET.check(long, make_plan(TARGET.scheme("int4"), long.weights()))
 
 
+def test_a_block_as_wide_as_the_matrix_is_a_scale_for_each_channel(tmp_path):
+    """The sample is 64 wide and the scheme's blocks are of 64; the file cannot say which was meant."""
+    artifact, parts, weights = export(tmp_path, TARGET.scheme("mobile"), components=("decoder",))
+    compare_package(package_of(artifact, "decoder"), parts["decoder"], weights)
+
+
 def test_a_scale_that_rounds_is_no_wish():
     with pytest.raises(ValueError, match="power of two"):
         replace(TARGET.scheme("int4"), residual_scale=0.3)

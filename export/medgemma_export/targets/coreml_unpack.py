@@ -49,7 +49,7 @@ def compare_storage(package: Path, component: Component, plan: QuantPlan) -> Non
     for name, function in program.functions.items():
         found = {weight.name: weight for weight in contents(function).weights}
         for key, row in rows.items():
-            # A block as wide as the matrix is a scale for each channel, and nothing in a file tells them apart.
+            # A block as wide as the matrix is a scale for each channel: no file tells them apart.
             is_whole = len(row.stored_shape) > 1 and row.storage.block == row.stored_shape[1]
             wanted = replace(row.storage, block=0) if is_whole else row.storage
             stored = "nothing"

@@ -14,6 +14,7 @@ from medgemma_benchmarks.results import read_result  # noqa: E402
 from medgemma_export.calibration import quantization_table  # noqa: E402
 from medgemma_export.calibration.fidelity import embed_images, measure  # noqa: E402
 from medgemma_export.calibration.inputs import caption_inputs, model_inputs  # noqa: E402
+from medgemma_export.calibration.integers import make_integers  # noqa: E402
 from medgemma_export.calibration.quantization_table import DEFAULT_ROWS, parse_row, tabulate  # noqa: E402
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
 from medgemma_export.models import load_model  # noqa: E402
@@ -89,6 +90,31 @@ def test_rows_of_all_kinds_are_measured_on_the_held_out_notes(tmp_path, notes):
     assert plain.predictions.agreement == fidelity.agrees[inside].mean()
     assert plain.predictions.perplexity == pytest.approx(np.exp(fidelity.loss[1, inside].mean()), rel=1e-5)
     assert plain.plan_sha256 != plan.sha256  # its activations are float
+
+
+def test_a_row_of_a_method_that_scales_inputs_has_its_factors(tmp_path, notes):
+    """AWQ here rounds to nearest, so without its factors its row would be that of `rtn`."""
+    plain, scaled = make(tmp_path / "table.json", notes, "rtn:int4", "awq:int4").rows
+    assert scaled.bits_per_weight == plain.bits_per_weight
+    checkpoint = open_checkpoint(MODEL)
+    model = load_model(checkpoint)
+    read, plan = model.reader(checkpoint), make_plan(SCHEMES["int4"], model.weights(), method="awq")
+    weights = make_integers(
+        model,
+        plan,
+        read,
+        model_inputs(open_set(notes, images=True, texts=True), model, checkpoint),
+        tmp_path / "weights",
+        method="awq",
+        memory_bytes=1 << 30,
+        progress=silent,
+    )
+    inputs = model_inputs(held_out_set(images=False, texts=True), model, checkpoint)
+    inputs = [replace(s, ids=s.ids[:TOKENS], image_blocks=s.image_blocks[:TOKENS]) for s in inputs]
+    [fidelity] = measure(model, plan, read, [weights.current], inputs, spill=tmp_path, memory_bytes=1 << 30)
+    inside = np.arange(len(fidelity.kl)) % TOKENS != TOKENS - 1
+    assert scaled.predictions.kl_mean == pytest.approx(fidelity.kl[inside].mean(), rel=1e-5)
+    assert scaled.predictions.kl_mean != pytest.approx(plain.predictions.kl_mean, rel=1e-5)
 
 
 def test_rows_that_are_there_are_kept(tmp_path, notes, monkeypatch):

@@ -227,6 +227,14 @@ class TestBudget:
         assert artifact.manifest.quantization.scheme == "int4-int8"
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["artifact", "notes", "sensitivity.json"]
 
+    def test_what_mobile_stores_in_int8_stays_as_it_is(self, request_):
+        mobile = replace(request_, scheme=SCHEMES["mobile"], budget=Budget(size_bytes=800_000))
+        plan = decide(mobile).plan
+        whole = decide(replace(mobile, budget=None, sensitivity=None)).plan
+        assert {str(row.storage) for row in plan.rows} >= {"int4 block 64", "int8 block 32"}
+        for row, before in zip(plan.rows, whole.rows, strict=True):
+            assert row == before or before.storage.bits == 4
+
     def test_budgets_that_cannot_be(self, request_):
         with pytest.raises(EdgeError, match=r"the smallest plan, int4 throughout, takes 0\.63"):
             decide(replace(request_, budget=Budget(size_bytes=1000)))
@@ -234,6 +242,8 @@ class TestBudget:
             replace(request_, calibration=None)
         with pytest.raises(ValueError, match="the scheme is int8; choose precision int4"):
             replace(request_, scheme=SCHEMES["int8"])
+        with pytest.raises(ValueError, match="without the factors of method awq-gptq; choose gptq or search"):
+            replace(request_, method="awq-gptq")
         with pytest.raises(ValueError, match="sensitivities are measured for a budget"):
             replace(request_, budget=None)
         with pytest.raises(EdgeError, match="SiglipModel predicts nothing, so no budget"):

@@ -5,45 +5,39 @@ not the letter of DICOM PS3.3 C.11.2: they are the only public record of how the
 and a result should not change with the place the model runs in. Where the services stop (VOI LUTs, SIGMOID,
 palettes, functional groups ...) the standard decides. Overlays, shutters and ICC profiles are not applied.
 
-pydicom decodes, with one fixed plugin for each compression, so that the same file gives the same pixels on
-every machine. Values that could identify a patient never enter an error message.
+`medgemma_runtime.dicom_file` reads the files and decodes the pixels.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_runtime.artifact import sha256_file
-from medgemma_runtime.errors import ImageError, missing_package
-from medgemma_runtime.images import MAX_PIXELS
+from medgemma_runtime.dicom_file import (
+    Stored,
+    count_frames,
+    decode_frame,
+    element,
+    element_numbers,
+    functional_group,
+    read_dataset,
+    warnings_decided,
+    whole_number,
+)
+from medgemma_runtime.errors import ImageError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
-    from pydicom.uid import UID
 
 __all__ = ["read_dicom", "frame_count"]
 
-_Stored = NDArray[np.number[Any]]  # any integer type or, rarely, floats
 _Values = NDArray[np.float64]
 
 _WHITE = 255
 _DEFAULT_CT_WINDOW = (100.0, 2500.0)  # centre, width in HU: medsiglip generic_dicom_handler.py
-_COLOURS = ("PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-_GREYS = ("MONOCHROME1", "MONOCHROME2")
-# pydicom warns and goes on where the pixels can no longer be trusted. Its other warnings are about elements
-# that rendering does not read, or about padding.
-_WARNINGS_THAT_MATTER = (
-    ".*end of file reached",
-    ".*fewer frames than expected",
-    ".*no JPEG EOI/EOC marker",
-    ".*check that the transfer syntax",
-)
 
 _ranges: dict[str, tuple[float, float]] = {}  # SHA-256 of at most one file; see _value_range
 
@@ -67,7 +61,7 @@ class _LookupTable:
     bits: int
     entries: NDArray[np.int64]
 
-    def __call__(self, values: _Stored) -> NDArray[np.int64]:
+    def __call__(self, values: Stored) -> NDArray[np.int64]:
         index = np.rint(values).astype(np.int64) - self.first
         mapped: NDArray[np.int64] = self.entries[np.clip(index, 0, len(self.entries) - 1)]
         return mapped
@@ -101,15 +95,15 @@ def read_dicom(path: Path, *, frame: int = 0) -> NDArray[np.uint8]:
         ImageError: If the file is absent, holds no image, is damaged, or is of a kind not supported.
         EdgeError: If pydicom or a decoder it needs is not installed.
     """
-    with _warnings_decided():
-        dataset = _read(path)
-        frames = _frame_count(path, dataset)
+    with warnings_decided():
+        dataset = read_dataset(path)
+        frames = count_frames(path, dataset)
         if not 0 <= frame < frames:
             raise ImageError(
                 f"{path} has {frames} frame{'s' if frames > 1 else ''} and frame {frame} was asked for; "
                 f"give a frame from 0 to {frames - 1}"
             )
-        stored, photometric = _decode(path, dataset, frame)
+        stored, photometric = decode_frame(path, dataset, frame)
         match photometric:
             case "MONOCHROME1" | "MONOCHROME2":
                 levels = _grey_levels(path, dataset, frame, stored)
@@ -120,7 +114,7 @@ def read_dicom(path: Path, *, frame: int = 0) -> NDArray[np.uint8]:
             case "PALETTE COLOR":
                 return _through_palette(path, dataset, stored)
             case _:
-                bits = _whole(path, dataset, "BitsStored")
+                bits = whole_number(path, dataset, "BitsStored")
                 return (stored.astype(np.uint64) >> (bits - 8)).astype(np.uint8)
 
 
@@ -131,129 +125,11 @@ def frame_count(path: Path) -> int:
         ImageError: If the file is absent, holds no image or is damaged.
         EdgeError: If pydicom is not installed.
     """
-    with _warnings_decided():
-        return _frame_count(path, _read(path))
+    with warnings_decided():
+        return count_frames(path, read_dataset(path))
 
 
-@contextmanager
-def _warnings_decided() -> Iterator[None]:
-    """Warnings that put the pixels in doubt become exceptions; the others are dropped."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for message in _WARNINGS_THAT_MATTER:
-            warnings.filterwarnings("error", message=message)
-        yield
-
-
-def _read(path: Path) -> "Dataset":
-    """Parse the file and check that it holds an image this module can render."""
-    try:
-        from pydicom import dcmread
-    except ModuleNotFoundError:
-        raise missing_package("pydicom", extra="dicom", purpose="read DICOM files") from None
-    if not path.is_file():
-        raise ImageError(f"{path} is not a file; give the path of a DICOM file")
-    try:
-        dataset = dcmread(path, force=True)  # force: a file may lack the preamble
-    except Exception as error:  # pydicom raises whatever the damaged bytes lead to
-        raise ImageError(
-            f"{path} cannot be read as DICOM ({type(error).__name__}); it is damaged or incomplete: "
-            "copy it again"
-        ) from None
-    if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        kind = dataset.file_meta.get("MediaStorageSOPClassUID", _get(path, dataset, "SOPClassUID"))
-        name = getattr(kind, "name", None)
-        known = f" (it is {name})" if name else ""
-        raise ImageError(f"{path} holds no image{known}; give a DICOM image file")
-    photometric = _get(path, dataset, "PhotometricInterpretation")
-    if photometric not in (*_GREYS, *_COLOURS):
-        raise ImageError(
-            f"{path} has a missing or unsupported PhotometricInterpretation; "
-            f"supported are {', '.join((*_GREYS, *_COLOURS))}"
-        )
-    samples = _whole(path, dataset, "SamplesPerPixel")
-    if samples != (1 if photometric in (*_GREYS, "PALETTE COLOR") else 3):
-        raise ImageError(f"{path} is {photometric} with {samples} samples per pixel, which is no valid image")
-    rows, columns = _whole(path, dataset, "Rows"), _whole(path, dataset, "Columns")
-    if not 0 < rows * columns <= MAX_PIXELS:
-        raise ImageError(
-            f"{path} has frames of {columns} x {rows} pixels and 1 to {MAX_PIXELS:,} pixels can be decoded; "
-            "cut a large image into patches first"
-        )
-    if "PixelData" in dataset:
-        bits = _whole(path, dataset, "BitsStored")
-        if samples == 3 and bits < 8:
-            raise ImageError(f"{path} stores colours in {bits} bits; 8 to 32 are supported")
-        if _numbers(path, dataset, "HighBit") not in ([], [bits - 1]):
-            raise ImageError(
-                f"{path} does not store its values in the lowest bits; rewrite it with HighBit {bits - 1}"
-            )
-    return dataset
-
-
-def _frame_count(path: Path, dataset: "Dataset") -> int:
-    if _get(path, dataset, "NumberOfFrames") is None:
-        return 1
-    frames = _whole(path, dataset, "NumberOfFrames")
-    if frames < 1:
-        raise ImageError(f"{path} has NumberOfFrames {frames}; a DICOM image has at least one frame")
-    return frames
-
-
-def _decode(path: Path, dataset: "Dataset", frame: int) -> tuple[_Stored, str]:
-    """Stored values of a frame, [rows, columns] or [rows, columns, 3], and what they mean after decoding."""
-    from pydicom.pixels import get_decoder
-
-    syntax = _transfer_syntax(dataset)
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise ImageError(
-            f"{path} is compressed as {syntax.name}, which cannot be decoded; "
-            "convert it to Explicit VR Little Endian"
-        ) from None
-    plugin = _decoding_plugin(syntax)
-    if plugin and plugin not in decoder.available_plugins:
-        package = "pylibjpeg-openjpeg" if "2000" in syntax.name else "pylibjpeg-libjpeg"
-        raise missing_package(package, extra="dicom", purpose=f"decode {syntax.name}")
-    try:
-        stored, properties = decoder.as_array(dataset, index=frame, decoding_plugin=plugin)
-    except Exception as error:  # the decoders raise whatever the damaged bytes lead to
-        reason = " ".join(str(error).split())  # about pixel data only, no element that identifies a patient
-        raise ImageError(
-            f"{path} has pixel data that cannot be decoded ({reason}); copy the file again, "
-            "or convert it to Explicit VR Little Endian"
-        ) from None
-    photometric = str(properties["photometric_interpretation"])
-    if photometric not in (*_GREYS, "PALETTE COLOR", "RGB"):
-        raise ImageError(
-            f"{path} is {photometric} after decoding, which {syntax.name} does not allow; convert it to RGB"
-        )
-    return stored, photometric
-
-
-def _transfer_syntax(dataset: "Dataset") -> "UID":
-    """As the file states it, or, in a file without meta header, as it was found to be readable."""
-    from pydicom import uid
-
-    if stated := dataset.file_meta.get("TransferSyntaxUID"):
-        return stated
-    implicit, little = dataset.original_encoding
-    if implicit:
-        return uid.ImplicitVRLittleEndian
-    return uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
-
-
-def _decoding_plugin(syntax: "UID") -> str:
-    """The one plugin for a compression, so that lossy images do not depend on what else is installed."""
-    from pydicom.uid import RLELossless
-
-    if not syntax.is_encapsulated:
-        return ""
-    return "pydicom" if syntax == RLELossless else "pylibjpeg"
-
-
-def _grey_levels(path: Path, dataset: "Dataset", frame: int, stored: _Stored) -> NDArray[np.uint8]:
+def _grey_levels(path: Path, dataset: "Dataset", frame: int, stored: Stored) -> NDArray[np.uint8]:
     """Each stored value's grey level, worked out once for each value that occurs where that saves memory."""
     if not _is_small_integer(stored):
         return _display(path, dataset, frame, stored, stored)
@@ -267,37 +143,44 @@ def _grey_levels(path: Path, dataset: "Dataset", frame: int, stored: _Stored) ->
     return levels
 
 
-def _is_small_integer(stored: _Stored) -> bool:
+def _is_small_integer(stored: Stored) -> bool:
     return np.issubdtype(stored.dtype, np.integer) and stored.itemsize <= 2
 
 
 def _display(
-    path: Path, dataset: "Dataset", frame: int, stored: _Stored, whole_frame: _Stored
+    path: Path, dataset: "Dataset", frame: int, stored: Stored, whole_frame: Stored
 ) -> NDArray[np.uint8]:
     """Grey levels of stored values, of any shape, that come from the frame `whole_frame`."""
     values = _modality_values(path, dataset, frame, stored)
-    display = _functional_group(path, dataset, frame, "FrameVOILUTSequence")
+    display = functional_group(path, dataset, frame, "FrameVOILUTSequence")
     window = _stated_window(path, display)
     if window is not None:
         return _apply_window(path, values, window)
-    if tables := _get(path, display, "VOILUTSequence"):
+    if tables := element(path, display, "VOILUTSequence"):
         table = _lookup_table(path, dataset, tables[0], "LUTDescriptor", "LUTData")
         return _interpolate(table(values).astype(np.float64), 0, 2**table.bits - 1)
-    if stored.dtype == np.uint8 and _get(path, dataset, "BitsStored") == 8 and np.array_equal(values, stored):
+    if (
+        stored.dtype == np.uint8
+        and element(path, dataset, "BitsStored") == 8
+        and np.array_equal(values, stored)
+    ):
         return values.astype(np.uint8)
-    if _get(path, dataset, "Modality") == "CT":
+    if element(path, dataset, "Modality") == "CT":
         center, width = _DEFAULT_CT_WINDOW
         return _apply_window(path, values, _Window(center=center, width=width, function="LINEAR"))
     return _interpolate(values, *_value_range(path, dataset, frame, whole_frame))
 
 
-def _modality_values(path: Path, dataset: "Dataset", frame: int, stored: _Stored) -> _Values:
+def _modality_values(path: Path, dataset: "Dataset", frame: int, stored: Stored) -> _Values:
     """Stored values in the unit of the modality, such as HU: PS3.3 C.11.1."""
-    group = _functional_group(path, dataset, frame, "PixelValueTransformationSequence")
-    if tables := _get(path, group, "ModalityLUTSequence"):
+    group = functional_group(path, dataset, frame, "PixelValueTransformationSequence")
+    if tables := element(path, group, "ModalityLUTSequence"):
         table = _lookup_table(path, dataset, tables[0], "LUTDescriptor", "LUTData")
         return table(stored).astype(np.float64)
-    slope, intercept = _numbers(path, group, "RescaleSlope"), _numbers(path, group, "RescaleIntercept")
+    slope, intercept = (
+        element_numbers(path, group, "RescaleSlope"),
+        element_numbers(path, group, "RescaleIntercept"),
+    )
     if bool(slope) != bool(intercept):
         raise ImageError(f"{path} has only one of RescaleSlope and RescaleIntercept; a DICOM image has both")
     values = stored.astype(np.float64)
@@ -307,10 +190,13 @@ def _modality_values(path: Path, dataset: "Dataset", frame: int, stored: _Stored
 
 
 def _stated_window(path: Path, display: "Dataset") -> _Window | None:
-    centers, widths = _numbers(path, display, "WindowCenter"), _numbers(path, display, "WindowWidth")
+    centers, widths = (
+        element_numbers(path, display, "WindowCenter"),
+        element_numbers(path, display, "WindowWidth"),
+    )
     if not centers or not widths:
         return None
-    function = str(_get(path, display, "VOILUTFunction") or "LINEAR").upper()
+    function = str(element(path, display, "VOILUTFunction") or "LINEAR").upper()
     return _Window(center=centers[0], width=widths[0], function=function)
 
 
@@ -343,9 +229,9 @@ def _interpolate(values: _Values, low: float, high: float) -> NDArray[np.uint8]:
     return np.rint(np.interp(values, (low, high), (0, _WHITE))).astype(np.uint8)
 
 
-def _value_range(path: Path, dataset: "Dataset", frame: int, stored: _Stored) -> tuple[float, float]:
+def _value_range(path: Path, dataset: "Dataset", frame: int, stored: Stored) -> tuple[float, float]:
     """`_measured_range`, remembered for the last file of many frames, which are read one after the other."""
-    if _frame_count(path, dataset) == 1:
+    if count_frames(path, dataset) == 1:
         return _measured_range(path, dataset, frame, stored)
     content = sha256_file(path)  # a name and a date could be those of another file written since
     known = _ranges.get(content)
@@ -356,16 +242,16 @@ def _value_range(path: Path, dataset: "Dataset", frame: int, stored: _Stored) ->
     return known
 
 
-def _measured_range(path: Path, dataset: "Dataset", decoded: int, stored: _Stored) -> tuple[float, float]:
+def _measured_range(path: Path, dataset: "Dataset", decoded: int, stored: Stored) -> tuple[float, float]:
     """Smallest and largest value over all frames, without the pixels that only fill the rectangle.
 
     Frame `decoded` is given as `stored`, the others are decoded here.
     """
-    padding = _numbers(path, dataset, "PixelPaddingValue")
-    limit = _numbers(path, dataset, "PixelPaddingRangeLimit") or padding
+    padding = element_numbers(path, dataset, "PixelPaddingValue")
+    limit = element_numbers(path, dataset, "PixelPaddingRangeLimit") or padding
     extremes: list[float] = []
-    for frame in range(_frame_count(path, dataset)):
-        pixels = stored if frame == decoded else _decode(path, dataset, frame)[0]
+    for frame in range(count_frames(path, dataset)):
+        pixels = stored if frame == decoded else decode_frame(path, dataset, frame)[0]
         if _is_small_integer(pixels):
             pixels = np.unique(pixels)
         values = _modality_values(path, dataset, frame, pixels)
@@ -379,7 +265,7 @@ def _measured_range(path: Path, dataset: "Dataset", decoded: int, stored: _Store
     return min(extremes), max(extremes)
 
 
-def _through_palette(path: Path, dataset: "Dataset", stored: _Stored) -> NDArray[np.uint8]:
+def _through_palette(path: Path, dataset: "Dataset", stored: Stored) -> NDArray[np.uint8]:
     """Look up each colour; of 16-bit entries the high byte, exact for both ways of storing 8 bits in them."""
     channels = [table(stored) >> (table.bits - 8) for table in _palette(path, dataset)]
     return np.stack(channels, axis=-1).astype(np.uint8)
@@ -397,7 +283,7 @@ def _segmented_palette(path: Path, dataset: "Dataset") -> list[_LookupTable]:
     """Let pydicom expand the segments (PS3.3 C.7.9.2), by looking up every value that the tables have."""
     from pydicom.pixels.processing import apply_color_lut
 
-    descriptor = _numbers(path, dataset, "RedPaletteColorLookupTableDescriptor")
+    descriptor = element_numbers(path, dataset, "RedPaletteColorLookupTableDescriptor")
     if len(descriptor) != 3 or descriptor[2] not in (8, 16):
         raise ImageError(f"{path} has no valid RedPaletteColorLookupTableDescriptor; export it again")
     first, bits = int(descriptor[1]), int(descriptor[2])
@@ -410,12 +296,12 @@ def _segmented_palette(path: Path, dataset: "Dataset") -> list[_LookupTable]:
 
 
 def _with_supplemental_palette(
-    path: Path, dataset: "Dataset", stored: _Stored, rgb: NDArray[np.uint8]
+    path: Path, dataset: "Dataset", stored: Stored, rgb: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
     """Colour the stored values that a supplemental palette covers (PS3.3 C.8.16.2.1.1.1), no others."""
-    if _get(path, dataset, "PixelPresentation") not in ("COLOR", "MIXED"):
+    if element(path, dataset, "PixelPresentation") not in ("COLOR", "MIXED"):
         return rgb
-    first = _numbers(path, dataset, "RedPaletteColorLookupTableDescriptor")
+    first = element_numbers(path, dataset, "RedPaletteColorLookupTableDescriptor")
     if len(first) != 3:
         raise ImageError(f"{path} is a coloured grey image without a palette; export it again")
     covered = stored >= first[1]
@@ -426,8 +312,8 @@ def _lookup_table(
     path: Path, dataset: "Dataset", item: "Dataset", descriptor: str, data: str
 ) -> _LookupTable:
     """Read a lookup table; entries are words of the file's byte order, or bytes if there are only so many."""
-    numbers = _numbers(path, item, descriptor)
-    content = _get(path, item, data)
+    numbers = element_numbers(path, item, descriptor)
+    content = element(path, item, data)
     if len(numbers) != 3 or content is None:
         raise ImageError(f"{path} has no complete {descriptor.removesuffix('Descriptor')}; export it again")
     n_entries, first, bits = int(numbers[0]) or 2**16, int(numbers[1]), int(numbers[2])
@@ -442,46 +328,3 @@ def _lookup_table(
     if len(entries) != n_entries or not 8 <= bits <= 16 or int(entries.max()) >= 2**bits:
         raise ImageError(f"{path} has a {descriptor} that does not fit its data; export it again")
     return _LookupTable(first=first, bits=bits, entries=entries.astype(np.int64))
-
-
-def _functional_group(path: Path, dataset: "Dataset", frame: int, sequence: str) -> "Dataset":
-    """Where a frame's own elements are: its functional group, the shared one, or the file as a whole."""
-    per_frame = list(_get(path, dataset, "PerFrameFunctionalGroupsSequence") or ())
-    shared = list(_get(path, dataset, "SharedFunctionalGroupsSequence") or ())
-    for groups in (*per_frame[frame : frame + 1], *shared[:1]):
-        if items := _get(path, groups, sequence):
-            return items[0]
-    return dataset
-
-
-def _get(path: Path, item: "Dataset", keyword: str) -> Any:
-    """The value of an element, or None if it is absent or empty."""
-    try:
-        value = item.get(keyword)
-    except Exception:  # pydicom parses a value when it is first asked for
-        raise ImageError(
-            f"{path} has a {keyword} that is not to the DICOM standard; export it again"
-        ) from None
-    return None if value == "" else value
-
-
-def _numbers(path: Path, item: "Dataset", keyword: str) -> list[float]:
-    """The values of a numeric element, none if it is absent."""
-    value = _get(path, item, keyword)
-    if value is None:
-        return []
-    try:
-        numbers = [float(number) for number in np.atleast_1d(np.asarray(value))]
-    except (TypeError, ValueError):
-        numbers = [np.nan]
-    if not np.isfinite(numbers).all():
-        raise ImageError(f"{path} has a {keyword} that is not a number; export it again")
-    return numbers
-
-
-def _whole(path: Path, dataset: "Dataset", keyword: str) -> int:
-    """The value of an element that an image must have, a whole number."""
-    numbers = _numbers(path, dataset, keyword)
-    if len(numbers) != 1 or not numbers[0].is_integer():
-        raise ImageError(f"{path} has no valid {keyword}, which a DICOM image must have; export it again")
-    return int(numbers[0])

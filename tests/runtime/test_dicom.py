@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from medgemma_runtime import dicom
+from medgemma_runtime import dicom, dicom_file
 from medgemma_runtime.dicom import frame_count, read_dicom
 from medgemma_runtime.errors import EdgeError, ImageError
 from medgemma_runtime.images import load_image
@@ -452,9 +452,11 @@ def test_a_window_is_the_same_for_any_type_of_pixel(tmp_path: Path) -> None:
 
 def test_the_range_of_all_frames_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
-    real = dicom._decode
+    real = dicom.decode_frame
     monkeypatch.setattr(
-        dicom, "_decode", lambda path, dataset, frame: decoded.append(frame) or real(path, dataset, frame)
+        dicom,
+        "decode_frame",
+        lambda path, dataset, frame: decoded.append(frame) or real(path, dataset, frame),
     )
     path = tmp_path / "x.dcm"
     frames = np.array([[[0, 10]], [[20, 100]], [[40, 60]]], np.int16)
@@ -695,7 +697,7 @@ def test_a_pdf_named_dcm_is_refused(tmp_path: Path) -> None:
 
 def test_the_filters_decide_each_warning() -> None:
     """Damage is an error, the rest is dropped: without the filters both would pass as warnings."""
-    with dicom._warnings_decided():
+    with dicom_file.warnings_decided():
         warnings.warn("Invalid value for VR UI", UserWarning, stacklevel=1)
         for message in (
             "End of file reached before delimiter (FFFE,E0DD) found",

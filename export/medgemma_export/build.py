@@ -32,6 +32,7 @@ from medgemma_quantization.activations import RANGES_NAME
 from medgemma_quantization.budget import Sensitivity, check_floor, choose_bits, predicted_kl
 from medgemma_quantization.calibration import CalibrationSet, open_set
 from medgemma_quantization.equalization import FACTORS_NAME, note_equalized
+from medgemma_quantization.integer_hashes import hash_integers, write_hashes
 from medgemma_quantization.methods import METHODS
 from medgemma_quantization.plan import QuantPlan, compare_packed, make_plan, note_unreached
 from medgemma_quantization.weights import QuantizedWeights, source_fingerprint
@@ -150,6 +151,7 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
         )
         compare_packed(plan, packed)
         (package.directory / PLAN_NAME).write_text(plan.to_json(), encoding="utf-8")
+        write_hashes(hash_integers(weights), package.directory)
         if _stamps(checkpoint) != stamps:
             raise CheckpointError(
                 f"the weights of {checkpoint.id} changed while they were read; export again"

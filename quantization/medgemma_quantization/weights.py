@@ -33,6 +33,7 @@ __all__ = [
     "ReadWeight",
     "quantize_weights",
     "store_integers",
+    "keep_integers",
     "is_whole",
     "rounding_bytes",
     "source_fingerprint",
@@ -196,17 +197,30 @@ def store_integers(row: PlanRow, read: ReadWeight, directory: Path, round_rows: 
     stored.flush()
     del stored
     np.save(scales, all_scales, allow_pickle=False)
-    seal = _seal(row, directory)
-    temporary = seal.with_suffix(".partial")
-    temporary.write_text(f"{sha256_file(values)} {sha256_file(scales)}", encoding="ascii")
-    os.replace(temporary, seal)
+    _seal(row, directory)
+
+
+def keep_integers(
+    row: PlanRow, directory: Path, values: NDArray[np.int8], scales: NDArray[np.float32]
+) -> None:
+    """Keep a weight whose integers are known already.
+
+    Args:
+        row: How it is stored.
+        directory: Where.
+        values: [outputs, inputs].
+        scales: [outputs, blocks].
+    """
+    values_path, scales_path = _paths(row, directory)
+    np.save(values_path, pack_integers(np.ascontiguousarray(values), row.storage), allow_pickle=False)
+    np.save(scales_path, scales, allow_pickle=False)
+    _seal(row, directory)
 
 
 def is_whole(row: PlanRow, directory: Path) -> bool:
     """Whether the integers of a weight are there and undamaged."""
     try:
-        sealed = _seal(row, directory).read_text(encoding="ascii")
-        return sealed == " ".join(sha256_file(path) for path in _paths(row, directory))
+        return _seal_path(row, directory).read_text(encoding="ascii") == _hashes(row, directory)
     except FileNotFoundError:
         return False
 
@@ -215,7 +229,19 @@ def _paths(row: PlanRow, directory: Path) -> tuple[Path, Path]:
     return directory / f"{row.name}.values.npy", directory / f"{row.name}.scales.npy"
 
 
-def _seal(row: PlanRow, directory: Path) -> Path:
+def _seal(row: PlanRow, directory: Path) -> None:
+    """Say that a weight is whole, with the hashes of its files; written last, and at once."""
+    seal = _seal_path(row, directory)
+    temporary = seal.with_suffix(".partial")
+    temporary.write_text(_hashes(row, directory), encoding="ascii")
+    os.replace(temporary, seal)
+
+
+def _hashes(row: PlanRow, directory: Path) -> str:
+    return " ".join(sha256_file(path) for path in _paths(row, directory))
+
+
+def _seal_path(row: PlanRow, directory: Path) -> Path:
     return directory / f"{row.name}.sha256"
 
 

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from medgemma_export.build import build, decide  # noqa: E402
@@ -28,8 +29,9 @@ from medgemma_quantization.methods import METHODS  # noqa: E402
 from medgemma_quantization.plan import make_plan, read_plan  # noqa: E402
 from medgemma_quantization.scheme import SCHEMES  # noqa: E402
 from medgemma_quantization.weights import QuantizedWeights, quantize_weights  # noqa: E402
-from medgemma_runtime.errors import EdgeError  # noqa: E402
-from tests.benchmarks.tiny_bundle import write_tiny_bundle  # noqa: E402
+from medgemma_runtime.artifact import sha256_file  # noqa: E402
+from medgemma_runtime.errors import ArtifactError, EdgeError  # noqa: E402
+from medgemma_runtime.manifest import write_manifest  # noqa: E402
 
 IMAGE_TOKENS, PLENTY = 16, 1 << 30
 
@@ -346,11 +348,12 @@ class TestBuild:
         }
         assert scaled == noted and len(scaled) > 5
 
-    def test_packing_is_held_against_integers_made_again_from_the_factors(self, artifact, tmp_path):
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def reference(tmp_path_factory):
         from medgemma_benchmarks.bundle import DecodedImage
         from medgemma_benchmarks.bundle_record import ReferenceLabel
         from medgemma_export.reference.encoders import record_reference
-        from medgemma_export.reference.packing import record_packing
 
         shown = DecodedImage(
             name="one",
@@ -361,9 +364,18 @@ class TestBuild:
             rgb=np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8),
         )
         labels = (ReferenceLabel(name="a", caption="a"), ReferenceLabel(name="b", caption="b"))
-        record_reference("sample:medsiglip-tiny", tmp_path / "float", images=(shown,), labels=labels)
-        words = ("sample:medsiglip-tiny", tmp_path / "float")
-        bundle = record_packing(artifact.directory, *words, tmp_path / "packing", progress=lambda *step: None)
+        out = tmp_path_factory.mktemp("reference") / "float"
+        record_reference("sample:medsiglip-tiny", out, images=(shown,), labels=labels)
+        return out
+
+    @staticmethod
+    def record_packing(directory: Path, reference: Path, out: Path):
+        from medgemma_export.reference.packing import record_packing
+
+        return record_packing(directory, "sample:medsiglip-tiny", reference, out, progress=lambda *step: None)
+
+    @staticmethod
+    def check_program(artifact, bundle):
         rounded = bundle.arrays["image.rounded_output"]
         program = artifact.path(artifact.manifest.components["image"].program)
         session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
@@ -372,13 +384,19 @@ class TestBuild:
         cosine = (actual * rounded).sum() / np.linalg.norm(actual) / np.linalg.norm(rounded)
         assert cosine > 0.9999
 
+    def test_packing_is_held_against_integers_made_again_from_the_factors(
+        self, artifact, reference, tmp_path
+    ):
+        bundle = self.record_packing(artifact.directory, reference, tmp_path / "packing")
+        self.check_program(artifact, bundle)
+
         damaged = tmp_path / "damaged"
         shutil.copytree(artifact.directory, damaged)
         content = bytearray((damaged / FACTORS_NAME).read_bytes())
         content[-1] ^= 1
         (damaged / FACTORS_NAME).write_bytes(content)
         with pytest.raises(EdgeError, match="safetensors does not have the SHA-256 that the manifest states"):
-            record_packing(damaged, *words, tmp_path / "other", progress=lambda *step: None)
+            self.record_packing(damaged, reference, tmp_path / "other")
 
     def test_an_interrupted_export_keeps_its_factors(self, place, artifact, tmp_path, monkeypatch):
         def stop(what: str, done: int, total: int) -> None:
@@ -394,20 +412,28 @@ class TestBuild:
         for name in (FACTORS_NAME, "onnx/vision_model_q4.onnx_data"):
             assert (again.directory / name).read_bytes() == (artifact.directory / name).read_bytes()
 
-    def test_integers_that_samples_decided_cannot_be_made_again(self, place, tmp_path):
-        from medgemma_export.reference.packing import record_packing
+    def test_integers_that_samples_decided_are_those_that_were_made(self, place, reference, tmp_path):
+        request = self.request(place, tmp_path / "artifact", method="gptq")
+        artifact = build(request, progress=lambda *step: None)
+        self.check_program(artifact, self.record_packing(artifact.directory, reference, tmp_path / "packing"))
 
-        artifact = build(
-            self.request(place, tmp_path / "artifact", method="gptq"), progress=lambda *step: None
+        # One integer changed when it was packed: files and manifest agree, and only the hash knows.
+        program = artifact.path(artifact.manifest.components["image"].program)
+        name = "vision_model.head.mlp.fc2.weight"
+        tensors = onnx.load(program, load_external_data=False).graph.initializer
+        [place_of] = [{e.key: e.value for e in t.external_data} for t in tensors if t.name == name]
+        path = program.with_name(place_of["location"])
+        content = bytearray(path.read_bytes())
+        content[int(place_of["offset"]) + 3] ^= 0x40
+        path.write_bytes(content)
+        listed = path.relative_to(artifact.directory).as_posix()
+        files = tuple(
+            replace(entry, sha256=sha256_file(path)) if entry.path == listed else entry
+            for entry in artifact.manifest.files
         )
-        with pytest.raises(EdgeError, match="were found by gptq with calibration samples"):
-            record_packing(
-                artifact.directory,
-                "sample:medsiglip-tiny",
-                write_tiny_bundle(tmp_path / "float").directory,
-                tmp_path / "packing",
-                progress=lambda *step: None,
-            )
+        write_manifest(replace(artifact.manifest, files=files), artifact.directory)
+        with pytest.raises(ArtifactError, match=f"integers of {name} are not those that were made"):
+            self.record_packing(artifact.directory, reference, tmp_path / "other")
 
 
 def test_the_plan_notes_only_what_samples_reach(tmp_path):

@@ -8,12 +8,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from medgemma_export.build import build  # noqa: E402
 from medgemma_export.calibration.calibrate import ModelInput, calibrate  # noqa: E402
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
 from medgemma_export.models import load_model  # noqa: E402
+from medgemma_export.recipe import Recipe  # noqa: E402
 from medgemma_export.targets import TARGETS  # noqa: E402
+from medgemma_quantization.integer_hashes import INTEGERS_NAME, read_hashes  # noqa: E402
 from medgemma_quantization.methods import METHODS  # noqa: E402
-from medgemma_quantization.plan import compare_packed, make_plan  # noqa: E402
+from medgemma_quantization.plan import compare_packed, make_plan, read_plan  # noqa: E402
 from medgemma_quantization.scheme import INT8, SCHEMES  # noqa: E402
 from medgemma_quantization.weights import store_integers  # noqa: E402
 from medgemma_runtime.errors import ArtifactError  # noqa: E402
@@ -100,3 +103,24 @@ def test_what_a_target_ships_are_the_integers_that_were_made(subject, tmp_path, 
         store_integers(row, made.read, other, METHODS["rtn"].find(row.storage, None))
     with pytest.raises(ArtifactError):
         compare(name, program, model.components[0], replace(weights, directory=other))
+
+
+def test_two_exports_apart_carry_the_same_integers_and_their_files_say_so(tmp_path):
+    found = []
+    for name in ("onnx", "coreml"):
+        if find_spec(INSTALLED[name]) is None:
+            pytest.skip(f"{INSTALLED[name]} is not installed")
+        recipe = Recipe(
+            model="sample:medsiglip-tiny",
+            revision=None,
+            target=name,
+            scheme=TARGETS[name].scheme("int4"),
+            components=("image",),
+            out=tmp_path / name,
+        )
+        artifact = build(recipe, progress=lambda *step: None)
+        [entry] = [file for file in artifact.manifest.files if file.path == INTEGERS_NAME]
+        found.append((entry.sha256, read_hashes(artifact.directory)))
+    assert found[0] == found[1]
+    plan = read_plan(artifact.path("plan.json"))
+    assert set(found[0][1]) == {row.name for row in plan.rows if not row.storage.is_float}

@@ -1,8 +1,9 @@
 """Records what an artifact's integers compute, without the artifact's engine: a packing reference.
 
-The integers are made again from the checkpoint, the plan, and the factors and ranges that calibration found;
-nothing is read from the artifact's weight files. For each input the bundle holds two outputs:
-`pooler_output`, with activations left float, and `rounded_output`, with the target's own rounding of
+The integers are made again from the checkpoint, the plan, and the factors and ranges that calibration found.
+Those that samples had a part in nobody can make again without them: they are read back from the artifact, and
+held against the hashes that were taken of them before they were packed. For each input the bundle holds two
+outputs: `pooler_output`, with activations left float, and `rounded_output`, with the target's own rounding of
 activations. It also carries each program's exact form, which the device runs over the artifact's weight file.
 """
 
@@ -16,19 +17,20 @@ from numpy.typing import NDArray
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, open_bundle, write_bundle
 from medgemma_export.calibration.fold_ops import planned_folds
 from medgemma_export.checkpoint import open_checkpoint
-from medgemma_export.models import Component, load_model
+from medgemma_export.models import Component, ModelSpec, load_model
 from medgemma_export.package import require_absent
 from medgemma_export.reference.encoders import describe_torch
 from medgemma_export.reference.exact_program import write_exact_program
 from medgemma_export.targets import TARGETS
 from medgemma_export.torch_ops import IntegerLinear, compute, weight_only
-from medgemma_export.unpack import compare_integers
+from medgemma_export.unpack import compare_integers, read_integers
 from medgemma_quantization.activations import read_ranges
 from medgemma_quantization.equalization import read_factors
+from medgemma_quantization.integer_hashes import compare_hashes, hash_integers, read_hashes
 from medgemma_quantization.methods import METHODS
-from medgemma_quantization.plan import read_plan
-from medgemma_quantization.weights import QuantizedWeights, quantize_weights
-from medgemma_runtime.artifact import open_artifact
+from medgemma_quantization.plan import QuantPlan, read_plan
+from medgemma_quantization.weights import QuantizedWeights, ReadWeight, quantize_weights
+from medgemma_runtime.artifact import Artifact, open_artifact
 from medgemma_runtime.command import Progress
 from medgemma_runtime.errors import EdgeError
 
@@ -80,11 +82,10 @@ def record_packing(
             f"{artifact_directory.name} is fp32 and packs no integers; compare it with the reference"
         )
     method = next((known for name, known in METHODS.items() if name == manifest.quantization.method), None)
-    if method is None or (method.sees_inputs and manifest.quantization.calibration is not None):
+    if method is None:
         raise EdgeError(
-            f"the integers of {artifact_directory.name} were found by {manifest.quantization.method} with "
-            "calibration samples, which a packing reference does not have; compare the artifact with the "
-            "float reference"
+            f"{artifact_directory.name} was made by the method {manifest.quantization.method!r}, which this "
+            f"version does not know; it knows {', '.join(METHODS)}"
         )
     checkpoint = open_checkpoint(model, revision=revision)
     for what, weights_sha256 in (
@@ -104,13 +105,16 @@ def record_packing(
     arrays: dict[str, NDArray[np.generic]] = dict(bundle.arrays)
     programs: dict[str, Path] = {}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
-        weights = quantize_weights(
-            plan,
-            read,
-            Path(work, "weights"),
-            find=method.find,
-            progress=lambda done, total: progress("quantize", done, total),
-        )
+        if method.sees_inputs and manifest.quantization.calibration is not None:
+            weights = _shipped_integers(artifact, spec, plan, read, Path(work, "weights"))
+        else:
+            weights = quantize_weights(
+                plan,
+                read,
+                Path(work, "weights"),
+                find=method.find,
+                progress=lambda done, total: progress("quantize", done, total),
+            )
         if plan.ranges is not None:
             weights = replace(weights, inputs=read_ranges(artifact_directory))
         rounding = TARGETS[manifest.target].integer_linear()
@@ -150,6 +154,22 @@ def record_packing(
             timings={},  # the float reference's are of another machine and another program
             programs=programs,
         )
+
+
+def _shipped_integers(
+    artifact: Artifact, model: ModelSpec, plan: QuantPlan, read: ReadWeight, directory: Path
+) -> QuantizedWeights:
+    """The integers that an artifact's programs carry, if they are those that were made for it."""
+    directory.mkdir()
+    stated = read_hashes(artifact.directory)
+    weights = QuantizedWeights(plan=plan, directory=directory, read=read)
+    for component in model.components:
+        if component.name in artifact.manifest.components:
+            program = artifact.path(artifact.manifest.components[component.name].program)
+            read_integers(program, component, plan, directory)
+            names = {weight.name for weight in component.weights()}
+            compare_hashes(hash_integers(weights, names), stated)
+    return weights
 
 
 def _run(

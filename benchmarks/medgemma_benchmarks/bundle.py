@@ -100,6 +100,8 @@ class ReferenceBundle:
             Of a model that answers `decoder.input_ids` [S] int64, `decoder.hidden_states` [T, D] float32
             after the final norm, `decoder.head` [V, D] float32, and where there are images
             `vision.pixel_values` [N, 3, H, W] float32 and `vision.image_features` [F, D] float32.
+            Of every component in `record.layers` its `layers` [items, layers + 1, tokens, D] float32: the
+            residual stream of the first items, as `medgemma_benchmarks.layer_parity` reads it.
     """
 
     directory: Path
@@ -148,6 +150,7 @@ def write_bundle(
     programs: Mapping[str, Path] | None = None,
     prompts: Sequence[ReferencePrompt] = (),
     embedding_scale: float | None = None,
+    layers: Sequence[str] = (),
 ) -> ReferenceBundle:
     """Write a bundle beside `out`, rename it into place, and open it.
 
@@ -167,6 +170,7 @@ def write_bundle(
         programs: The exact form of each component, for `packing`; the files are copied.
         prompts: In the order of the arrays' rows.
         embedding_scale: As `BundleRecord` has it.
+        layers: Likewise.
 
     Raises:
         BundleError: If `out` exists, a name is taken twice or cannot be a file's, or an array is missing, of
@@ -202,6 +206,7 @@ def write_bundle(
             programs=tuple(programs or ()),  # type: ignore[arg-type]
             prompts=tuple(prompts),
             embedding_scale=embedding_scale,
+            layers=tuple(layers),  # type: ignore[arg-type]
         )
     except ValueError as error:
         raise BundleError(f"the reference cannot be written: {error}") from None
@@ -296,10 +301,14 @@ def _check_arrays(record: BundleRecord, arrays: Mapping[str, NDArray[Any]]) -> N
 
 
 def _layout(record: BundleRecord) -> _Layout:
+    layers: _Layout = {
+        f"{name}.layers": ("float32", (f"{name} items", f"{name} layers", f"{name} tokens", f"{name} width"))
+        for name in record.layers
+    }
     if record.kind == "generative":
-        return _DECODER | (_VISION if record.images else {})
+        return _DECODER | (_VISION if record.images else {}) | layers
     rounded = {f"{name}.rounded_output": _ENCODERS[f"{name}.pooler_output"] for name in record.programs}
-    return _ENCODERS | rounded
+    return _ENCODERS | rounded | layers
 
 
 def _program(component: str) -> str:

@@ -170,6 +170,7 @@ class BundleRecord:
         prompts: The prompts of a model that answers, in the order of the arrays' rows.
         embedding_scale: What such a model multiplies embedded tokens by: the released one computes with
             bfloat16, and so rounds it, which a model loaded in float32 by itself does not.
+        layers: The components whose residual stream between layers was recorded, of the first inputs.
         files: Size and hash of every other file.
     """
 
@@ -189,6 +190,7 @@ class BundleRecord:
     programs: tuple[Literal["image", "text"], ...] = ()
     prompts: tuple[ReferencePrompt, ...] = ()
     embedding_scale: float | None = None
+    layers: tuple[Literal["image", "text", "vision", "decoder"], ...] = ()
     files: tuple[FileEntry, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The command lines `medgemma-parity`, `medgemma-bench` and `medgemma-report`: parse, call, print."""
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +20,7 @@ from medgemma_benchmarks.generation import measure_generation
 from medgemma_benchmarks.generation_table import print_generation
 from medgemma_benchmarks.latency import LatencyReport, TimedImage, measure_latency
 from medgemma_benchmarks.parity import check_parity
-from medgemma_benchmarks.parity_report import ParityReport, PredictionParity
+from medgemma_benchmarks.parity_report import LayerParity, ParityReport, PredictionParity
 from medgemma_benchmarks.peers import parse_peer
 from medgemma_benchmarks.prediction_parity import check_predictions
 from medgemma_benchmarks.results import Result, read_result, to_json
@@ -44,6 +45,8 @@ Examples:
   medgemma-parity medgemma-int4 --reference medgemma-float --out parity.json
 
   medgemma-parity medgemma-coreml-int4 --reference medgemma-float --arithmetic fp16
+
+  medgemma-parity medsiglip-executorch --reference medsiglip-float --per-layer
 """
 _BENCH_EXAMPLES = """
 Examples:
@@ -115,6 +118,13 @@ def parity(
             help="Put thumbnails and names of your own images and notes into the result; samples always are.",
         ),
     ] = False,
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer",
+            help="Also name the first layer that departs from a reference recorded with --per-layer.",
+        ),
+    ] = False,
     threads: _Threads = None,
     arithmetic: Annotated[
         Mode | None,
@@ -143,6 +153,7 @@ def parity(
                     threads=threads,
                     arithmetic=arithmetic,
                     show_images=show_images,
+                    per_layer=per_layer,
                     progress=progress,
                 )
             )
@@ -325,9 +336,12 @@ def _print_parity(report: ParityReport) -> None:
         )
     console = Console()
     console.print(table)
+    for component, layers in report.layers.items():
+        console.print(_layers_table(component, layers))
     for name, found in report.predictions.items():
         console.print(Text(_predictions_line(name, found)))
-    for detail in dict.fromkeys(c.detail for c in report.checks if c.verdict != "PASS" and c.detail):
+    told = (c for c in report.checks if c.verdict != "PASS" or c.subject == "layers")
+    for detail in dict.fromkeys(c.detail for c in told if c.detail):
         console.print(Text(printable(detail)))
     if report.verdict == "NEAR_TIE":
         ties = "near tie" if report.near_ties == 1 else "near ties"
@@ -335,6 +349,21 @@ def _print_parity(report: ParityReport) -> None:
             f"No gate failed; {report.near_ties} {ties} (margin {report.tie_margin_logits:g} logits)"
         )
     console.print(Text(f"{report.verdict}  manifest {report.artifact.manifest_sha256}"))
+
+
+def _layers_table(component: str, layers: Sequence[LayerParity]) -> Table:
+    table = Table(title=f"{component}, layer by layer", title_justify="left")
+    for heading in ("residual stream", "relative error", "SQNR dB", "lowest cosine", "max error"):
+        table.add_column(heading, justify="left" if heading == "residual stream" else "right")
+    for layer in layers:
+        values = (
+            "" if layer.relative_error is None else f"{layer.relative_error:.2e}",
+            "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
+            "" if layer.cosine_min is None else f"{layer.cosine_min:.7f}",
+            "" if layer.max_abs_error is None else f"{layer.max_abs_error:.2e}",
+        )
+        table.add_row(layer.name, *(values if layer.is_seen else ("not seen", "", "", "")))
+    return table
 
 
 def _predictions_line(name: str, found: PredictionParity) -> str:

@@ -14,7 +14,7 @@ from medgemma_runtime.manifest import Precision
 __all__ = ["Gate", "Gates", "Question", "Subject", "Metric", "Verdict", "load_gates", "worst"]
 
 Question = Literal["pixels", "tokens", "lowering", "packing", "scheme"]
-Subject = Literal["image", "text", "zero-shot", "end-to-end", "vision", "decoder", "prefill"]
+Subject = Literal["image", "text", "zero-shot", "end-to-end", "vision", "decoder", "prefill", "layers"]
 Metric = Literal[
     "differing_uint8",
     "differing_ids",
@@ -36,6 +36,7 @@ _OF_INPUTS: dict[Question, frozenset[Metric]] = {
     "tokens": frozenset(("differing_ids",)),
 }
 _OF_OUTPUTS: frozenset[Metric] = frozenset(("max_abs_error", "relative_error", "cosine_min"))
+_OF_LAYERS: frozenset[Metric] = frozenset(("relative_error",))
 _OF_LABELS: frozenset[Metric] = frozenset(("logit_error", "agreement", "near_tie_share"))
 _OF_TOKENS: frozenset[Metric] = frozenset(
     ("max_standardized_error", "kl_mean", "agreement", "near_tie_share", "perplexity_ratio")
@@ -50,7 +51,8 @@ class Gate:
         question: What is asked: are the inputs, the lowering, the packing, the scheme right?
         components: What it holds for: a component; `zero-shot` (both towers on the recorded inputs) or
             `end-to-end` (both from image and caption); `decoder` (every token by itself, through the caches)
-            or `prefill` (a prompt read at once, and what follows it).
+            or `prefill` (a prompt read at once, and what follows it); `layers` (the residual stream after
+            each layer of any component).
         precisions: The precisions it holds for.
         metric: The name of the value that is judged.
         at_most: Upper limit, itself allowed; or None.
@@ -128,6 +130,8 @@ def _measured(question: Question, component: Subject) -> frozenset[Metric]:
     """The metrics that answer a question about a component."""
     if question in _OF_INPUTS:
         return _OF_INPUTS[question]
+    if component == "layers":
+        return _OF_LAYERS
     if component in ("zero-shot", "end-to-end"):
         return _OF_LABELS
     if component in ("decoder", "prefill"):

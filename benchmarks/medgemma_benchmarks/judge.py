@@ -17,7 +17,13 @@ from medgemma_benchmarks.metrics import (
     relative_error,
     sqnr_db,
 )
-from medgemma_benchmarks.parity_report import Check, ComponentParity, PredictionParity, ZeroShotParity
+from medgemma_benchmarks.parity_report import (
+    Check,
+    ComponentParity,
+    LayerParity,
+    PredictionParity,
+    ZeroShotParity,
+)
 from medgemma_runtime.manifest import Precision
 
 __all__ = ["Judge", "compare_component", "compare_zero_shot"]
@@ -102,6 +108,26 @@ class Judge:
             "near_tie_share": result.near_tie_share,
         }
         self.values(self.question, where, values, near_ties=result.near_ties, detail=detail)
+
+    def layers(self, component: str, layers: Sequence[LayerParity]) -> None:
+        """Judge the first layer of a component that departs, or else the one that comes closest to it."""
+        [gate] = self.gates.find(self.question, "layers", self.precision)
+        seen = [layer for layer in layers if layer.is_seen]
+        first = next((layer for layer in seen if gate.judge(layer.relative_error) == "FAIL"), None)
+        shown = first or max(seen, key=lambda layer: layer.relative_error or 0.0)
+        unseen = [layer.name for layer in layers if not layer.is_seen]
+        parts = [
+            f"{component} departs first at {first.name}"
+            if first
+            else f"{component} departs nowhere, most at {shown.name}"
+        ]
+        if shown.undefined:
+            parts.append(shown.undefined)
+        if unseen:
+            parts.append(f"inside a delegate's call and not seen: {', '.join(unseen)}")
+        self.values(
+            self.question, "layers", {"relative_error": shown.relative_error}, detail="; ".join(parts)
+        )
 
     def predictions(self, name: str, parity: PredictionParity) -> None:
         """Judge predictions of tokens.

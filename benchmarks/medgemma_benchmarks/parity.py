@@ -29,11 +29,13 @@ from medgemma_benchmarks.device import describe_device
 from medgemma_benchmarks.gates import Gates, load_gates, worst
 from medgemma_benchmarks.identity import describe_artifact
 from medgemma_benchmarks.judge import Judge, compare_component, compare_zero_shot
+from medgemma_benchmarks.layer_parity import check_layers
 from medgemma_benchmarks.metrics import Choice
 from medgemma_benchmarks.parity_inputs import ParityError, check_pixels, find_question, shown_names
 from medgemma_benchmarks.parity_report import (
     ComponentParity,
     ImageParity,
+    LayerParity,
     ParityReport,
     ZeroShotParity,
     describe_reference,
@@ -62,6 +64,7 @@ def check_parity(
     threads: int | None = None,
     arithmetic: Mode | None = None,
     show_images: bool = False,
+    per_layer: bool = False,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Answer every question that this artifact and this reference allow.
@@ -74,6 +77,7 @@ def check_parity(
         arithmetic: How much of a Core ML program's fp16 is honoured; None for nothing, and for other targets.
         show_images: Name and show every image. Otherwise only samples are: an image given by the user may be
             of a patient, and so may its file name, so the report counts it and shows nothing of it.
+        per_layer: Also compare the residual stream after every layer, and name the first that departs.
         progress: Called before every step.
 
     Raises:
@@ -127,6 +131,11 @@ def check_parity(
             judge.zero_shot(where, result, names)
         images = _image_rows(bundle, alone["image"].rows(), zero_shot["end-to-end"], show_images=show_images)
 
+    layers: dict[str, tuple[LayerParity, ...]] = {}
+    if per_layer:
+        layers = check_layers(
+            artifact, bundle, judge, threads=threads, arithmetic=arithmetic, progress=progress
+        )
     return ParityReport(
         artifact=describe_artifact(artifact),
         reference=describe_reference(bundle),
@@ -142,6 +151,7 @@ def check_parity(
         labels=tuple(label.name for label in record.labels),
         captions=tuple(label.caption for label in record.labels),
         images=images,
+        layers=layers,
     )
 
 

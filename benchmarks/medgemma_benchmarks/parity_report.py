@@ -20,6 +20,7 @@ __all__ = [
     "ComponentParity",
     "ZeroShotParity",
     "ImageParity",
+    "LayerParity",
     "PredictionParity",
     "PromptParity",
     "describe_reference",
@@ -167,6 +168,31 @@ class ImageParity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerParity:
+    """The residual stream after one layer, or before the first, against the reference's.
+
+    Attributes:
+        name: `embeddings`, or `residual_N` after layer N.
+        is_seen: Whether the engine shows it; what stays inside a delegate's call is not seen.
+        sqnr_db: Signal to noise; None where not seen, and where there is no noise at all.
+        cosine_min: The lowest of all tokens.
+        max_abs_error: Of one element, at a residual scale of 1.
+        relative_error: Length of the difference over the length of the reference.
+        undefined: Why the values are None, if they are.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    is_seen: bool
+    sqnr_db: float | None = None
+    cosine_min: float | None = None
+    max_abs_error: float | None = None
+    relative_error: float | None = None
+    undefined: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictionParity:
     """How an artifact predicts the tokens of recorded texts, given all tokens before.
 
@@ -239,6 +265,7 @@ class ParityReport:
         predictions: Of a model that answers, by `decoder` (every token by itself, through the caches) and
             `prefill` (each prompt read at once, and what follows it).
         prompts: Of a model that answers, one row a prompt.
+        layers: By component, the states between its layers in order; empty unless they were asked for.
     """
 
     __pydantic_config__ = _STRICT
@@ -260,6 +287,7 @@ class ParityReport:
     arithmetic: Mode | None = None
     predictions: dict[str, PredictionParity] = field(default_factory=dict)
     prompts: tuple[PromptParity, ...] = ()
+    layers: dict[str, tuple[LayerParity, ...]] = field(default_factory=dict)
 
     @property
     def near_ties(self) -> int:

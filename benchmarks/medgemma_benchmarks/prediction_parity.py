@@ -24,9 +24,11 @@ from medgemma_benchmarks.device import describe_device
 from medgemma_benchmarks.gates import Gates, load_gates, worst
 from medgemma_benchmarks.identity import describe_artifact
 from medgemma_benchmarks.judge import Judge, compare_component
+from medgemma_benchmarks.layer_parity import check_layers
 from medgemma_benchmarks.parity_inputs import ParityError, check_pixels, find_question
 from medgemma_benchmarks.parity_report import (
     ComponentParity,
+    LayerParity,
     ParityReport,
     PredictionParity,
     PromptParity,
@@ -93,6 +95,7 @@ def check_predictions(
     threads: int | None = None,
     arithmetic: Mode | None = None,
     show_images: bool = False,
+    per_layer: bool = False,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Answer every question that an artifact and a generative reference allow.
@@ -104,6 +107,7 @@ def check_predictions(
         threads: Threads for one operator; None leaves the choice to the engine.
         arithmetic: How much of a Core ML program's fp16 is honoured; None for nothing, and for other targets.
         show_images: Name every image and prompt. Otherwise only samples are named.
+        per_layer: Also compare the residual stream after every layer, and name the first that departs.
         progress: Called before every step.
 
     Raises:
@@ -138,6 +142,11 @@ def check_predictions(
     )
     for name, found in predictions.items():
         judge.predictions(name, found)
+    layers: dict[str, tuple[LayerParity, ...]] = {}
+    if per_layer:
+        layers = check_layers(
+            artifact, bundle, judge, threads=threads, arithmetic=arithmetic, progress=progress
+        )
     return ParityReport(
         artifact=describe_artifact(artifact),
         reference=describe_reference(bundle),
@@ -155,6 +164,7 @@ def check_predictions(
         images=None,
         predictions=predictions,
         prompts=prompts,
+        layers=layers,
     )
 
 

@@ -165,6 +165,14 @@ class Ops(Protocol[T]):
         """`x + branch`: the residual stream grows here and in `residual_norm`, where range audits look."""
         ...
 
+    def named(self, x: T, name: str) -> T:
+        """`x`, which a deployed program can be asked for by this name: what its layers are compared by.
+
+        Nothing is computed. Names are the same in every target and spelled as each of them allows: letters,
+        digits and underscores.
+        """
+        ...
+
     def attention(self, q: T, k: T, v: T, heads: Heads, scale: float) -> T:
         """Full attention, `softmax(scale * q @ k.T) @ v` for each head.
 

@@ -62,6 +62,9 @@ class PlanOps:
     def residual_add(self, x: None, branch: None) -> None:
         """See `Ops`."""
 
+    def named(self, x: None, name: str) -> None:
+        """See `Ops`."""
+
     def attention(self, q: None, k: None, v: None, heads: Heads, scale: float) -> None:
         """See `Ops`."""
 

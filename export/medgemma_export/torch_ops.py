@@ -93,6 +93,10 @@ class TorchOps:
         """See `Ops`."""
         return x + branch
 
+    def named(self, x: Tensor, name: str) -> Tensor:
+        """See `Ops`."""
+        return x
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, scale: float) -> Tensor:
         """See `Ops`."""
         return _attend(*(_split(part, heads.width) for part in (q, k, v)), mask=None, scale=scale)

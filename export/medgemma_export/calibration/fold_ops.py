@@ -78,6 +78,10 @@ class FoldOps:
         """See `Ops`."""
         self.read_otherwise(x, branch)
 
+    def named(self, x: Origin | None, name: str) -> Origin | None:
+        """See `Ops`."""
+        return x
+
     def attention(
         self, q: Origin | None, k: Origin | None, v: Origin | None, heads: Heads, scale: float
     ) -> Origin | None:

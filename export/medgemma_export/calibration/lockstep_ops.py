@@ -191,6 +191,10 @@ class LockstepOps:
         """See `Ops`."""
         return self._grow(self._one(lambda ops, x, y: ops.residual_add(x, y), x, branch))
 
+    def named(self, x: Samples, name: str) -> Samples:
+        """See `Ops`."""
+        return x
+
     def attention(self, q: Samples, k: Samples, v: Samples, heads: Heads, scale: float) -> Samples:
         """See `Ops`."""
         return self._one(lambda ops, q, k, v: ops.attention(q, k, v, heads, scale), q, k, v)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from medgemma_export.ops import HeadProjection, Heads, Linear, Ops, RmsNorm, Rotary, Table
+from medgemma_runtime.layers import residual_name
 
 __all__ = ["Decoder", "embed_tokens", "decode"]
 
@@ -119,6 +120,7 @@ def decode(
         is_last = layer == len(decoder.windows) - 1
         following = "norm" if is_last else f"layers.{layer + 1}.input_layernorm"
         x, normed = ops.residual_norm(x, branch, decoder.stream_norm(following))
+        x = ops.named(x, residual_name(layer))
     return _head(ops, ops.token(normed, -1), decoder), present
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from medgemma_export.ops import Heads, LayerNorm, Linear, Ops, Parameter, PatchEmbedding, Table
+from medgemma_runtime.layers import EMBEDDINGS, residual_name
 
 __all__ = ["Encoder", "encode_patches", "pool_by_attention", "encode_text"]
 
@@ -83,12 +84,15 @@ def encode_text(ops: Ops[T], ids: T, tower: Encoder, *, vocabulary: int, length:
 
 
 def _encode(ops: Ops[T], x: T, tower: Encoder) -> T:
+    x = ops.named(x, EMBEDDINGS)
     for layer in range(tower.layers):
         name = f"encoder.layers.{layer}"
         normed = ops.layer_norm(x, tower.layer_norm(f"{name}.layer_norm1"))
         x = ops.residual_add(x, _attend(ops, normed, normed, tower, f"{name}.self_attn"))
         normed = ops.layer_norm(x, tower.layer_norm(f"{name}.layer_norm2"))
-        x = ops.residual_add(x, _feed_forward(ops, normed, tower, f"{name}.mlp"))
+        x = ops.named(
+            ops.residual_add(x, _feed_forward(ops, normed, tower, f"{name}.mlp")), residual_name(layer)
+        )
     return x
 
 

@@ -83,6 +83,12 @@ def record(
     revision: Revision = None,
     device: Annotated[Device, typer.Option(help="Where the original model runs.")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="What it computes in; parity takes float32 only.")] = "float32",
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer", help="Also keep what leaves each layer, for medgemma-parity --per-layer."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the original model with transformers and keep inputs and outputs as a bundle.
@@ -105,6 +111,7 @@ def record(
                 revision=revision,
                 device=device,
                 dtype=dtype,
+                per_layer=per_layer,
                 progress=progress,
             )
         print_bundle(bundle, as_json=as_json)
@@ -128,6 +135,7 @@ def record(
             revision=revision,
             device=device,
             dtype=dtype,
+            per_layer=per_layer,
             progress=progress,
         )
     print_bundle(bundle, as_json=as_json)

@@ -6,9 +6,10 @@ forward without a cache.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, write_bundle
 from medgemma_benchmarks.bundle_record import Producer, ReferencePrompt
+from medgemma_benchmarks.layer_parity import MAX_ITEMS, prompt_of_layers
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint
 from medgemma_export.models import load_model
+from medgemma_export.reference.layers import layer_states
 from medgemma_export.reference.original import (
     ATTENTION,
     Device,
@@ -89,6 +92,7 @@ def record_text_reference(
     revision: str | None = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    per_layer: bool = False,
     progress: Progress | None = None,
 ) -> ReferenceBundle:
     """Run the original model on prompts and keep what went in and what came out.
@@ -104,6 +108,7 @@ def record_text_reference(
         revision: Commit, for a hub id.
         device: Where to run. CUDA computes float32 in full, without TF32.
         dtype: Floating type of weights and activations; the recorded arrays are float32 in any case.
+        per_layer: Also keep the residual stream between the layers, of the first images and of a text.
         progress: Called before every step.
 
     Raises:
@@ -139,6 +144,10 @@ def record_text_reference(
             "vision.pixel_values": pixel_values,
             "vision.image_features": _image_features(network, pixel_values),
         }
+    layers = (
+        _record_layers(network, arrays, [_describe_prompt(prompt) for prompt in encoded]) if per_layer else {}
+    )
+    arrays |= {f"{name}.layers": states for name, states in layers.items()}
     return write_bundle(
         out,
         kind="generative",
@@ -162,7 +171,34 @@ def record_text_reference(
         timings={},
         prompts=[_describe_prompt(prompt) for prompt in encoded],
         embedding_scale=float(network.get_input_embeddings().embed_scale),
+        layers=tuple(layers),
     )
+
+
+def _record_layers(
+    network: Any, arrays: Mapping[str, NDArray[Any]], prompts: Sequence[ReferencePrompt]
+) -> dict[str, NDArray[np.float32]]:
+    """[items, layers + 1, kept tokens, H] by component."""
+    import torch
+
+    def on_device(array: NDArray[Any]) -> "torch.Tensor":
+        tensor = torch.from_numpy(array).to(network.device)
+        return tensor.to(network.dtype) if tensor.is_floating_point() else tensor
+
+    found = {}
+    if "vision.pixel_values" in arrays:
+        tower = network.model.vision_tower
+        found["vision"] = np.stack(
+            [
+                layer_states(tower, partial(tower, pixel_values=on_device(pixels[None])))
+                for pixels in arrays["vision.pixel_values"][:MAX_ITEMS]
+            ]
+        )
+    if (place := prompt_of_layers(prompts)) is not None:
+        decoder = network.get_decoder()
+        ids = on_device(arrays["decoder.input_ids"][None, slice(*place)])
+        found["decoder"] = layer_states(decoder, partial(decoder, input_ids=ids, use_cache=False))[None]
+    return found
 
 
 def encode_prompts(

@@ -12,6 +12,7 @@ import string
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from numpy.typing import NDArray
 
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, write_bundle
 from medgemma_benchmarks.bundle_record import Producer, ReferenceLabel, StageTiming
+from medgemma_benchmarks.layer_parity import MAX_ITEMS
 from medgemma_export.checkpoint import Checkpoint, open_checkpoint
+from medgemma_export.reference.layers import layer_states
 from medgemma_export.reference.original import (
     ATTENTION,
     Device,
@@ -82,6 +85,7 @@ def record_reference(
     revision: str | None = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    per_layer: bool = False,
     progress: Progress | None = None,
 ) -> ReferenceBundle:
     """Run the original model on images and captions and keep what went in and what came out.
@@ -94,6 +98,7 @@ def record_reference(
         revision: Commit, for a hub id.
         device: Where to run. CUDA computes float32 in full, without TF32.
         dtype: Floating type of weights and activations; the recorded arrays are float32 in any case.
+        per_layer: Also keep the residual stream between the layers, of the first images and captions.
         progress: Called before every step.
 
     Raises:
@@ -120,6 +125,7 @@ def record_reference(
         device,
         steps.named("running text"),
     )
+    layers = _record_layers(reference, inputs, device) if per_layer else {}
     return write_bundle(
         out,
         kind="float",
@@ -137,7 +143,9 @@ def record_reference(
             "text.input_ids": inputs.input_ids,
             "text.pooler_output": _float32(text),
             "logits": _float32(similarity_logits(reference, image, text)),
+            **{f"{name}.layers": states for name, states in layers.items()},
         },
+        layers=tuple(layers),
         timings={
             "preprocess": inputs.preprocess,
             "tokenize": inputs.tokenize,
@@ -145,6 +153,25 @@ def record_reference(
             "text": text_timing,
         },
     )
+
+
+def _record_layers(model: Any, inputs: ReferenceInputs, device: Device) -> dict[str, NDArray[np.float32]]:
+    """[items, layers + 1, kept tokens, H] by component."""
+    import torch
+
+    towers: dict[str, tuple[Any, str, NDArray[Any]]] = {
+        "image": (model.vision_model, "pixel_values", inputs.pixel_values),
+        "text": (model.text_model, "input_ids", inputs.input_ids),
+    }
+    return {
+        name: np.stack(
+            [
+                layer_states(tower, partial(tower, **{argument: torch.from_numpy(row[None]).to(device)}))
+                for row in rows[:MAX_ITEMS]
+            ]
+        )
+        for name, (tower, argument, rows) in towers.items()
+    }
 
 
 def prepare_inputs(

@@ -77,6 +77,11 @@ class ChannelOps:
         """See `Ops`."""
         return self.mil.op("add", x=x, y=branch)
 
+    def named(self, x: Var, name: str) -> Var:
+        """See `Ops`."""
+        x.name = name
+        return x
+
     def attention(self, q: Var, k: Var, v: Var, heads: Heads, scale: float) -> Var:
         """See `Ops`. Scores are [1, keys, 1, queries]: a head at a time, keys as channels."""
         q = self.mil.op("mul", x=q, y=self.mil.number(scale))

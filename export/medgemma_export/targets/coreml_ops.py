@@ -140,6 +140,11 @@ class MilOps:
         """See `Ops`."""
         return self.mil.op("add", x=x, y=branch)
 
+    def named(self, x: Var, name: str) -> Var:
+        """See `Ops`."""
+        x.name = name
+        return x
+
     def attention(self, q: Var, k: Var, v: Var, heads: Heads, scale: float) -> Var:
         """See `Ops`. A few queries at a time, so that no full array of scores is ever in memory."""
         if heads.query != heads.kv:

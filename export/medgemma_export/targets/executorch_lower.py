@@ -31,6 +31,7 @@ from torch.fx.passes.infra.partitioner import Partition
 
 from medgemma_export.models.spec import Component
 from medgemma_export.targets.executorch_file import share_constants
+from medgemma_export.targets.executorch_layers import mark_names, write_layers
 from medgemma_export.targets.executorch_program import Constants
 from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.weights import QuantizedWeights
@@ -215,8 +216,10 @@ def trace(
     """A component as PyTorch's exporter sees it, before anything is packed."""
     with _quiet(), torch.no_grad():
         traced = _traced(component, weights, note, image=image, prompt=prompt, step=step)
-        return torch.export.export(
-            traced.module, traced.arguments, dynamic_shapes=traced.dynamic_shapes, strict=False
+        return mark_names(
+            torch.export.export(
+                traced.module, traced.arguments, dynamic_shapes=traced.dynamic_shapes, strict=False
+            )
         )
 
 
@@ -284,7 +287,7 @@ def lower_program(
         with_xnnpack: Whether XNNPACK takes what it can.
 
     Returns:
-        What XNNPACK took of each method.
+        What XNNPACK took of each method. Beside the program, `layers.json` says where it shows its layers.
     """
     partitioners = {
         name: [_Xnnpack(has_images=name in _OF_IMAGES)] if with_xnnpack else [] for name in programs
@@ -303,6 +306,7 @@ def lower_program(
     with path.open("wb") as file:
         lowered.write_to_file(file)
     share_constants(path)
+    write_layers(path.parent, {name: lowered.exported_program(name) for name in programs})
     return shares
 
 

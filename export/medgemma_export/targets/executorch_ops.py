@@ -34,6 +34,7 @@ from medgemma_export.ops import (
     Rotary,
     Table,
 )
+from medgemma_export.targets.executorch_layers import name_value
 from medgemma_quantization.affine import INTEGER_RANGE
 from medgemma_quantization.scheme import Storage
 
@@ -158,6 +159,11 @@ class ExecutorchOps:
     def residual_add(self, x: Tensor, branch: Tensor) -> Tensor:
         """See `Ops`."""
         return x + branch
+
+    def named(self, x: Tensor, name: str) -> Tensor:
+        """See `Ops`. `executorch_layers.mark_names` takes it out again."""
+        named: Tensor = name_value(x, name)
+        return named
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, scale: float) -> Tensor:
         """See `Ops`."""

@@ -130,6 +130,11 @@ class OnnxOps:
         """See `Ops`. ONNX Runtime fuses it with a LayerNorm that follows."""
         return self._node("Add", [x, branch])
 
+    def named(self, x: ir.Value, name: str) -> ir.Value:
+        """See `Ops`."""
+        x.name = name
+        return x
+
     def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: Heads, scale: float) -> ir.Value:
         """See `Ops`. The kernel works in tiles: no [S, S] array of scores is ever in memory."""
         if heads.query != heads.kv:

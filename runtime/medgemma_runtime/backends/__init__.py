@@ -4,10 +4,11 @@ from pathlib import PurePosixPath
 
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends.mil.arithmetic import Mode
+from medgemma_runtime.backends.mil.program import Observer
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.session import Session
 
-__all__ = ["open_session"]
+__all__ = ["open_session", "open_coreml"]
 
 
 def open_session(
@@ -26,7 +27,7 @@ def open_session(
         EdgeError: If the target's engine has no such choice, or is not installed.
     """
     if artifact.manifest.target == "coreml":
-        return _open_coreml(artifact, component, threads, arithmetic or "fp32")
+        return open_coreml(artifact, component, threads, arithmetic or "fp32")
     if arithmetic is not None:
         raise EdgeError(
             f"arithmetic {arithmetic!r} is of Core ML programs, which are evaluated here, and the target "
@@ -41,7 +42,26 @@ def open_session(
     return ExecutorchSession(artifact, component, threads=threads)
 
 
-def _open_coreml(artifact: Artifact, component: str, threads: int | None, arithmetic: Mode) -> Session:
+def open_coreml(
+    artifact: Artifact,
+    component: str,
+    threads: int | None,
+    arithmetic: Mode,
+    observe: Observer | None = None,
+) -> Session:
+    """Load one component of a Core ML artifact with the evaluator.
+
+    Args:
+        artifact: An opened artifact of target `coreml`.
+        component: A name from its manifest.
+        threads: None; the evaluator has no such choice.
+        arithmetic: How much of the program's fp16 is honoured.
+        observe: Called with every tensor of its programs.
+
+    Raises:
+        ArtifactError: If there is no such component, or its program cannot be loaded.
+        EdgeError: If `threads` are given.
+    """
     from medgemma_runtime.backends.embedding_rows import EmbeddingRows
     from medgemma_runtime.backends.mil_session import MilSession
     from medgemma_runtime.backends.static_decoder import SIZES, StaticDecoderSession
@@ -53,5 +73,5 @@ def _open_coreml(artifact: Artifact, component: str, threads: int | None, arithm
         )
     if PurePosixPath(artifact.component(component).program).suffix == ".json":
         return EmbeddingRows(artifact, component)
-    session = MilSession(artifact, component, mode=arithmetic)
+    session = MilSession(artifact, component, mode=arithmetic, observe=observe)
     return StaticDecoderSession(session) if SIZES in session.program.metadata else session

@@ -43,6 +43,8 @@ class ExecutorchSession:
         component: A name from its manifest.
         threads: Threads of ExecuTorch's one thread pool, for this and every other session; None leaves it.
         profile_to: Where `close` leaves ExecuTorch's profile, for `operator_times`; None for none.
+        values_to: Where `close` leaves the values of tensors that the profile speaks of; None for none.
+        values_bytes: Room for them. ExecuTorch ends the process where it does not suffice.
 
     Attributes:
         entry: The component's inputs and outputs as the manifest states them.
@@ -63,9 +65,11 @@ class ExecutorchSession:
         *,
         threads: int | None = None,
         profile_to: Path | None = None,
+        values_to: Path | None = None,
+        values_bytes: int = 0,
     ) -> None:
         self.entry = artifact.component(component)
-        self._component, self._profile_to = component, profile_to
+        self._component, self._profile_to, self._values_to = component, profile_to, values_to
         self._image: ImageSpec | None = artifact.manifest.image
         prompt = artifact.manifest.prompt
         self._image_id = None if prompt is None else prompt.image_id
@@ -77,7 +81,9 @@ class ExecutorchSession:
         program, method = artifact.path(self.entry.program), METHODS[component]
         started = time.perf_counter()
         try:
-            self._program = runtime.load_program(program, enable_etdump=profile_to is not None)
+            self._program = runtime.load_program(
+                program, enable_etdump=profile_to is not None, debug_buffer_size=values_bytes
+            )
             if method not in self._program.method_names:
                 raise ArtifactError(
                     f"{self.entry.program} has no method {method!r}, which component {component!r} is; "
@@ -145,8 +151,9 @@ class ExecutorchSession:
     def close(self) -> None:
         """Free the component's memory, and write the profile if one was asked for."""
         if self._program is not None and self._profile_to is not None:
-            # The second file is for values of tensors, which are not recorded.
-            self._program.write_etdump_result_to_file(str(self._profile_to), os.devnull)
+            self._program.write_etdump_result_to_file(
+                str(self._profile_to), str(self._values_to or os.devnull)
+            )
         self._method = self._program = None
 
     def _placed(self, embeddings: NDArray[Any], given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from medgemma_runtime.errors import EdgeError
 
-__all__ = ["operator_times"]
+__all__ = ["operator_times", "open_inspector"]
 
 _RUNS = "Execute"
 _CALLS_OF_DELEGATES = "DELEGATE_CALL"
@@ -28,6 +28,23 @@ def operator_times(dump: Path) -> dict[str, tuple[float, float]]:
     Raises:
         EdgeError: If ExecuTorch's developer tools are not installed, or its runtime recorded no operator.
     """
+    inspector = open_inspector(dump)
+    events = [event for block in inspector.event_blocks if block.name == _RUNS for event in block.events]
+    times = _added(events)
+    if not times:
+        raise EdgeError(
+            "this ExecuTorch records no operators: it was built without EXECUTORCH_ENABLE_EVENT_TRACER; "
+            "use PyPI's, or measure without --profile"
+        )
+    return times
+
+
+def open_inspector(dump: Path, values: Path | None = None) -> Any:
+    """ExecuTorch's reader of what a run recorded, and of the tensors' values where these were recorded too.
+
+    Raises:
+        EdgeError: If ExecuTorch's developer tools are not installed.
+    """
     try:
         from executorch.devtools import Inspector
     except ImportError as error:
@@ -37,15 +54,7 @@ def operator_times(dump: Path) -> dict[str, tuple[float, float]]:
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no values of tensors were recorded, which take much memory
-        inspector = Inspector(etdump_path=str(dump))
-    events = [event for block in inspector.event_blocks if block.name == _RUNS for event in block.events]
-    times = _added(events)
-    if not times:
-        raise EdgeError(
-            "this ExecuTorch records no operators: it was built without EXECUTORCH_ENABLE_EVENT_TRACER; "
-            "use PyPI's, or measure without --profile"
-        )
-    return times
+        return Inspector(etdump_path=str(dump), debug_buffer_path=None if values is None else str(values))
 
 
 def _added(events: Iterable[Any]) -> dict[str, tuple[float, float]]:

@@ -3,7 +3,7 @@
 import ctypes
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -11,6 +11,7 @@ from weakref import ref
 from numpy.typing import NDArray
 
 from medgemma_runtime.artifact import Artifact
+from medgemma_runtime.backends.onnx_outputs import with_outputs
 from medgemma_runtime.errors import ArtifactError, EdgeError
 from medgemma_runtime.manifest import ComponentEntry, TensorSpec
 from medgemma_runtime.session import check_inputs
@@ -52,6 +53,9 @@ class OrtSession:
         exact_program: A program to run in place of the component's own, over the component's weight
             file: its exact form, which a packing reference carries. Nothing is optimized then,
             because ONNX Runtime would turn its float products into rounding ones again.
+        shown: Names of values inside the program to show in every run. ONNX Runtime fuses no operators over
+            them, so the program is not quite the one that ships.
+        show: Told the name and the value of each.
 
     Attributes:
         entry: The component's inputs and outputs as the manifest states them.
@@ -74,6 +78,8 @@ class OrtSession:
         threads: int | None = None,
         profile_to: Path | None = None,
         exact_program: Path | None = None,
+        shown: tuple[str, ...] = (),
+        show: Callable[[str, NDArray[Any]], None] | None = None,
     ) -> None:
         import onnxruntime
 
@@ -85,9 +91,13 @@ class OrtSession:
         onnxruntime.disable_telemetry_events()
         options = _session_options(threads=threads, profile_to=profile_to)
         source: str | bytes = str(program)
+        self._shown, self._show = shown, show
+        if shown:
+            source = with_outputs(program.read_bytes(), shown)
         if exact_program is not None:
             source = exact_program.read_bytes()
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not isinstance(source, str):
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(program.parent)
             )
@@ -111,7 +121,11 @@ class OrtSession:
                 self.entry.inputs,
                 self._session.get_inputs() + self._session.get_overridable_initializers(),
             ),
-            ("outputs", self.entry.outputs, self._session.get_outputs()),
+            (
+                "outputs",
+                self.entry.outputs,
+                [node for node in self._session.get_outputs() if node.name not in shown],
+            ),
         ):
             _check_signature(component, kind, specs, {node.name: node for node in nodes})
 
@@ -125,10 +139,13 @@ class OrtSession:
         self._check(inputs)
         names = [spec.name for spec in self.entry.outputs]
         try:
-            outputs = self._session.run(names, dict(inputs))
+            outputs = self._session.run([*names, *self._shown], dict(inputs))
         except Exception as error:
             raise self._failed(error) from None
-        return dict(zip(names, outputs, strict=True))
+        if self._show is not None:
+            for name, value in zip(self._shown, outputs[len(names) :], strict=True):
+                self._show(name, value)
+        return dict(zip(names, outputs[: len(names)], strict=True))
 
     def run_into(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
         """See `Session`.
@@ -139,6 +156,10 @@ class OrtSession:
         self._check(inputs)
         if outputs.keys() != {spec.name for spec in self.entry.outputs}:
             raise EdgeError(f"component {self._component!r} needs an array for every output")
+        if self._show is not None:
+            for name, value in self.run(inputs).items():
+                outputs[name][...] = value
+            return
         seen, self._seen = self._seen, {}
         try:
             # Not by an IoBinding, which refuses inputs that have a default.

@@ -13,7 +13,7 @@ from medgemma_export.emulation import executorch_integer_linear  # noqa: E402
 from medgemma_export.models import load_model  # noqa: E402
 from medgemma_export.targets import TARGETS, choose_target  # noqa: E402
 from medgemma_export.targets.executorch import ExecutorchTarget  # noqa: E402
-from medgemma_quantization.affine import quantize, range_scales  # noqa: E402
+from medgemma_quantization.affine import pack_int4, quantize, range_scales  # noqa: E402
 from medgemma_quantization.plan import make_plan  # noqa: E402
 from medgemma_quantization.scheme import INT4, INT8, INT8_BLOCKS, SCHEMES, Storage  # noqa: E402
 from medgemma_runtime.errors import EdgeError  # noqa: E402
@@ -85,14 +85,15 @@ def test_the_emulation_equals_the_kernel(storage, tmp_path):
 
     from medgemma_export.ops import Linear
     from medgemma_export.targets.executorch_lower import lower_program
-    from medgemma_export.targets.executorch_ops import ExecutorchOps
-    from medgemma_export.targets.executorch_program import integer_matrix
+    from medgemma_export.targets.executorch_ops import ExecutorchOps, IntegerMatrix
+    from medgemma_export.targets.executorch_stand_ins import StandIns, late_array
 
     class Product(torch.nn.Module):
         def __init__(self, weight):
             super().__init__()
             self.values, self.scales, self.zeros = (
-                torch.nn.Buffer(part) for part in (weight.values, weight.scales, weight.zeros)
+                weight.values,
+                *map(torch.nn.Buffer, (weight.scales, weight.zeros)),
             )
 
         def forward(self, x):
@@ -114,11 +115,19 @@ def test_the_emulation_equals_the_kernel(storage, tmp_path):
     # Rows on one side of zero, on both, and all zero: each has its own range.
     x = torch.from_numpy(rng.normal(size=(1, 4, 96)).astype(np.float32))
     x = torch.cat((x, x.abs(), -x.abs(), torch.zeros(1, 1, 96)), 1)
-    weight = integer_matrix(tensor.values, tensor.scales, storage)
+    stand_ins = StandIns()
+    packed = pack_int4(tensor.values, offset=8) if storage.bits == 4 else tensor.values
+    factors = torch.from_numpy(tensor.scales if storage.block else tensor.scales[:, 0].copy())
+    weight = IntegerMatrix(
+        values=stand_ins.parameter(late_array("product", packed), (48, 96), torch.int8),
+        scales=factors,
+        zeros=torch.zeros(factors.shape, dtype=torch.int8),
+        storage=storage,
+    )
     module = Product(weight)
     exported = torch.export.export(module, (x,), strict=False)
     path = tmp_path / "product.pte"
-    shares = lower_program({"forward": exported}, {}, path, with_xnnpack=True)
+    shares = lower_program({"forward": exported}, {}, path, stand_ins, with_xnnpack=True)
     assert (shares["forward"].kernels, shares["forward"].calls) == (0, 1)
     [actual] = Runtime.get().load_program(path).load_method("forward").execute([x])
     expected = executorch_integer_linear(x, tensor)
@@ -133,6 +142,7 @@ def test_a_table_is_looked_up_as_its_integers_say(storage, tmp_path):
 
     from medgemma_export.targets.executorch_lower import lower_program
     from medgemma_export.targets.executorch_program import look_up, pack_table
+    from medgemma_export.targets.executorch_stand_ins import StandIns
 
     class Rows(torch.nn.Module):
         def __init__(self, values, scales):
@@ -147,7 +157,8 @@ def test_a_table_is_looked_up_as_its_integers_say(storage, tmp_path):
     tensor = quantize(matrix, storage, range_scales(matrix, storage))
     module = Rows(*(torch.from_numpy(part) for part in pack_table(tensor)))
     ids, path = torch.tensor([[6, 0]]), tmp_path / "rows.pte"
-    lower_program({"forward": torch.export.export(module, (ids,), strict=False)}, {}, path, with_xnnpack=True)
+    exported = torch.export.export(module, (ids,), strict=False)
+    lower_program({"forward": exported}, {}, path, StandIns(), with_xnnpack=True)
     [rows] = Runtime.get().load_program(path).load_method("forward").execute([ids])
     assert np.array_equal(rows[0].numpy(), tensor.dequantize()[[6, 0]])
 
@@ -155,13 +166,13 @@ def test_a_table_is_looked_up_as_its_integers_say(storage, tmp_path):
 def test_what_kernels_and_xnnpack_both_read_lies_in_the_file_once(tmp_path):
     from executorch.runtime import Runtime
 
-    from medgemma_export.targets.executorch_file import share_constants
     from medgemma_export.targets.executorch_lower import lower_program
+    from medgemma_export.targets.executorch_stand_ins import StandIns, late_array
 
     class Rows(torch.nn.Module):
         def __init__(self, table):
             super().__init__()
-            self.table = torch.nn.Buffer(table)
+            self.table = table
 
         def forward(self, ids):
             return torch.nn.functional.embedding(ids, self.table)
@@ -171,15 +182,17 @@ def test_what_kernels_and_xnnpack_both_read_lies_in_the_file_once(tmp_path):
             return torch.nn.functional.linear(x, self.table)
 
     table = torch.randn((300, 8), generator=torch.Generator().manual_seed(5))
+    stand_ins, late = StandIns(), late_array("table", table.numpy())
     ids, x, path = torch.tensor([[299, 0]]), torch.ones(1, 8), tmp_path / "model.pte"
     programs = {
-        "rows": torch.export.export(Rows(table), (ids,), strict=False),
-        "product": torch.export.export(Product(table), (x,), strict=False),
+        name: torch.export.export(
+            module(stand_ins.parameter(late, (300, 8), torch.float32)), (given,), strict=False
+        )
+        for name, module, given in (("rows", Rows, ids), ("product", Product, x))
     }
-    shares = lower_program(programs, {"get_bos_id": 2}, path, with_xnnpack=True)
+    shares = lower_program(programs, {"get_bos_id": 2}, path, stand_ins, with_xnnpack=True)
     assert (shares["rows"].calls, shares["product"].calls) == (0, 1)
     assert path.read_bytes().count(table.numpy().tobytes()) == 1
-    assert share_constants(path) == 0  # it was done
     program = Runtime.get().load_program(path)
     assert torch.equal(program.load_method("rows").execute([ids])[0], table[ids])
     assert (program.load_method("product").execute([x])[0] - x @ table.T).abs().max() < 1e-5
@@ -190,11 +203,12 @@ def test_portable_kernels_compute_the_same_and_xnnpack_took_none(tmp_path):
     from executorch.runtime import Runtime
 
     from medgemma_export.targets.executorch_lower import lower_program
+    from medgemma_export.targets.executorch_stand_ins import StandIns
 
     layer = torch.nn.Linear(8, 4)
     x, path = torch.ones(3, 8), tmp_path / "model.pte"
     exported = torch.export.export(layer, (x,), strict=False)
-    share = lower_program({"forward": exported}, {}, path, with_xnnpack=False)["forward"]
+    share = lower_program({"forward": exported}, {}, path, StandIns(), with_xnnpack=False)["forward"]
     assert (share.delegated, share.calls) == (0, 0)
     assert share.kernels > 0
     [actual] = Runtime.get().load_program(path).load_method("forward").execute([x])

@@ -232,10 +232,10 @@ def test_integers_compute_what_their_reference_says(integers, conversation):
 
 
 def test_a_table_that_is_also_the_head_lies_in_the_file_once(integers):
-    from medgemma_export.targets.executorch_program import table_arrays
+    from medgemma_export.targets.executorch_program import pack_table
 
     [table] = [row.name for row in integers.weights.plan.rows if row.role == "table"]
-    rows, _ = table_arrays(table, integers.weights)
+    rows, _ = pack_table(integers.weights.quantized(table))
     assert integers.artifact.path("model.pte").read_bytes().count(rows.tobytes()) == 1
 
 

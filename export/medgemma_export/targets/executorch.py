@@ -127,6 +127,7 @@ class ExecutorchTarget:
     ) -> tuple[dict[str, ComponentEntry], list[PackedWeight]]:
         """See `Target`."""
         from medgemma_export.targets.executorch_lower import lower_program, trace  # takes seconds to import
+        from medgemma_export.targets.executorch_stand_ins import StandIns
 
         packed: list[PackedWeight] = []
 
@@ -134,10 +135,10 @@ class ExecutorchTarget:
             packed.append(weight)
             progress(min(len(packed), len(weights.plan.rows)), len(weights.plan.rows))
 
-        step = _step(model.prompt)
+        step, stand_ins = _step(model.prompt), StandIns()
         programs = {
             METHODS[component.name]: trace(
-                component, weights, note, image=model.image, prompt=model.prompt, step=step
+                component, weights, note, stand_ins, image=model.image, prompt=model.prompt, step=step
             )
             for component in model.components
         }
@@ -145,6 +146,7 @@ class ExecutorchTarget:
             programs,
             _constants(model),
             directory / PROGRAM,
+            stand_ins,
             with_xnnpack=self.delegate == "xnnpack",
         )
         report = {

@@ -30,9 +30,10 @@ from torch.fx import Node
 from torch.fx.passes.infra.partitioner import Partition
 
 from medgemma_export.models.spec import Component
-from medgemma_export.targets.executorch_file import share_constants
+from medgemma_export.targets.executorch_file import write_program
 from medgemma_export.targets.executorch_layers import mark_names, write_layers
 from medgemma_export.targets.executorch_program import Constants
+from medgemma_export.targets.executorch_stand_ins import StandIns
 from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.backends.executorch import METHODS
@@ -208,6 +209,7 @@ def trace(
     component: Component,
     weights: QuantizedWeights,
     note: Callable[[PackedWeight], None],
+    stand_ins: StandIns,
     *,
     image: ImageSpec | None,
     prompt: PromptSpec | None,
@@ -215,7 +217,7 @@ def trace(
 ) -> torch.export.ExportedProgram:
     """A component as PyTorch's exporter sees it, before anything is packed."""
     with _quiet(), torch.no_grad():
-        traced = _traced(component, weights, note, image=image, prompt=prompt, step=step)
+        traced = _traced(component, weights, note, stand_ins, image=image, prompt=prompt, step=step)
         return mark_names(
             torch.export.export(
                 traced.module, traced.arguments, dynamic_shapes=traced.dynamic_shapes, strict=False
@@ -227,13 +229,14 @@ def _traced(
     component: Component,
     weights: QuantizedWeights,
     note: Callable[[PackedWeight], None],
+    stand_ins: StandIns,
     *,
     image: ImageSpec | None,
     prompt: PromptSpec | None,
     step: int,
 ) -> Traced:
     context = prompt.context if prompt else 1
-    constants = Constants(component, weights, note, step=step, context=context)
+    constants = Constants(component, weights, note, stand_ins, step=step, context=context)
     sequence = torch.export.Dim("sequence", min=1, max=max(2, step))  # a range of one is refused
     shapes = {spec.name: spec.shape for spec in component.inputs}
     match component.name:
@@ -275,6 +278,7 @@ def lower_program(
     programs: Mapping[str, torch.export.ExportedProgram],
     constants: Mapping[str, Any],
     path: Path,
+    stand_ins: StandIns,
     *,
     with_xnnpack: bool,
 ) -> dict[str, Share]:
@@ -284,6 +288,7 @@ def lower_program(
         programs: By method name.
         constants: What the methods that only return a constant return.
         path: The .pte file.
+        stand_ins: The weights that methods hold stand-ins of.
         with_xnnpack: Whether XNNPACK takes what it can.
 
     Returns:
@@ -292,7 +297,7 @@ def lower_program(
     partitioners = {
         name: [_Xnnpack(has_images=name in _OF_IMAGES)] if with_xnnpack else [] for name in programs
     }
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), stand_ins.in_xnnpack():
         edge = to_edge_transform_and_lower(
             dict(programs),
             partitioner=partitioners,
@@ -303,9 +308,11 @@ def lower_program(
         lowered = edge.to_executorch(
             ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=False))
         )
-    with path.open("wb") as file:
+    without_weights = path.with_suffix(".lowered")
+    with without_weights.open("wb") as file:
         lowered.write_to_file(file)
-    share_constants(path)
+    write_program(without_weights, path, stand_ins)
+    without_weights.unlink()
     write_layers(path.parent, {name: lowered.exported_program(name) for name in programs})
     return shares
 

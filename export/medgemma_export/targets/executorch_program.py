@@ -1,11 +1,12 @@
 """The constants of a component in the forms that its ExecuTorch program takes.
 
-Integers and scales go through `torch.export` as they are; XNNPACK packs them. Tables are looked up by
-ExecuTorch's own kernels.
+Scales and vectors go through `torch.export` as they are. Of matrices and tables it sees stand-ins; what they
+stand for is packed here, some rows at a time. Tables are looked up by ExecuTorch's own kernels.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import executorch.kernels.quantized  # noqa: F401  registers the kernels that look tables up
@@ -20,6 +21,7 @@ from medgemma_export.models.spec import Component
 from medgemma_export.ops import HeadProjection, Heads, RmsNorm, Rotary, Table
 from medgemma_export.plan_ops import PlanOps
 from medgemma_export.targets.executorch_ops import HALVES, ExecutorchOps, IntegerMatrix
+from medgemma_export.targets.executorch_stand_ins import LateWeight, StandIns
 from medgemma_quantization.affine import INTEGER_RANGE, QuantizedTensor, pack_int4
 from medgemma_quantization.plan import PackedWeight
 from medgemma_quantization.scheme import FLOAT32, Storage
@@ -28,13 +30,16 @@ from medgemma_quantization.weights import QuantizedWeights
 __all__ = [
     "Constants",
     "Survey",
-    "half_rows",
-    "head_integers",
-    "integer_matrix",
+    "late_matrix",
+    "late_table",
     "look_up",
     "pack_table",
-    "table_arrays",
+    "part_rows",
+    "table_scales",
 ]
+
+# Rows of a table are packed so many values at a time.
+_PIECE_VALUES = 1 << 24
 
 _LOOK_UP = {
     4: torch.ops.quantized_decomposed.embedding_4bit.dtype,
@@ -129,6 +134,7 @@ class Constants(nn.Module):
         component: Whose they are.
         weights: Where the weights come from.
         note: Told the form that each weight was given.
+        stand_ins: Where matrices and tables are entered.
         step: Tokens of one call at most; of decoders only.
         context: Tokens of a conversation at most; of decoders only.
     """
@@ -138,12 +144,14 @@ class Constants(nn.Module):
         component: Component,
         weights: QuantizedWeights,
         note: Callable[[PackedWeight], None],
+        stand_ins: StandIns,
         *,
         step: int = 1,
         context: int = 1,
     ) -> None:
         super().__init__()
         self._step, self._context, self._note, self._weights = step, context, note, weights
+        self._stand_ins = stand_ins
         self._floats: dict[str, str] = {}
         self._matrices: dict[str, str | _HeldMatrix] = {}
         self._tables: dict[str, _HeldTable] = {}
@@ -199,37 +207,39 @@ class Constants(nn.Module):
 
     def _hold_table(self, name: str) -> None:
         row = self._weights.plan.by_name[name]
-        values, *scales = (torch.from_numpy(part) for part in table_arrays(name, self._weights))
-        self._tables[name] = _HeldTable(
-            values=self._hold(f"{name}.rows", values),
-            scales=self._hold(f"{name}.scales", scales[0]) if scales else "",
-            storage=row.storage,
-        )
+        rows, width = row.stored_shape
+        scales = ""
+        if row.storage.is_float:
+            dtype = torch.float32
+        else:
+            width, dtype = width * row.storage.bits // 8, torch.uint8 if row.storage.bits == 4 else torch.int8
+            factors = table_scales(self._weights.scales(name), row.storage)
+            scales = self._hold(f"{name}.scales", torch.from_numpy(factors))
+        values = self._stand_in(f"{name}.rows", late_table(name, self._weights), (rows, width), dtype)
+        self._tables[name] = _HeldTable(values=values, scales=scales, storage=row.storage)
         self._note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
 
     def _hold_matrix(self, name: str, head_width: int | None, *, is_head: bool) -> None:
         row = self._weights.plan.by_name[name]
-        parts: dict[str, Any] = {name: slice(None)}
-        if head_width is not None:
-            parts = {
-                f"{name}.{half}": rows for half, rows in half_rows(row.stored_shape[0], head_width).items()
-            }
+        late = [late_table(name, self._weights)] if is_head else late_matrix(name, self._weights, head_width)
+        outputs, inputs = row.stored_shape
+        shape = (outputs // len(late), inputs)
         if row.storage.is_float:
-            matrix = self._weights.float(name)
-            for part, rows in parts.items():
-                self._matrices[part] = self._hold(part, torch.from_numpy(np.ascontiguousarray(matrix[rows])))
-            self._note(PackedWeight(name=name, storage=FLOAT32, shape=matrix.shape))
+            for part in late:
+                self._matrices[part.name] = self._stand_in(part.name, part, shape, torch.float32)
+            self._note(PackedWeight(name=name, storage=FLOAT32, shape=row.stored_shape))
             return
-        whole = head_integers(name, self._weights) if is_head else self._weights.quantized(name)
-        for part, rows in parts.items():
-            tensor = integer_matrix(whole.values[rows], whole.scales[rows], whole.storage)
-            self._matrices[part] = _HeldMatrix(
-                values=self._hold(part, tensor.values),
-                scales=self._hold(f"{part}.scales", tensor.scales),
-                zeros=self._hold(f"{part}.zeros", tensor.zeros),
-                storage=tensor.storage,
+        for part, rows in zip(late, part_rows(outputs, head_width), strict=True):
+            factors = self._weights.scales(name)[rows]
+            factors = np.ascontiguousarray(factors if row.storage.block else factors[:, 0])
+            zeros = torch.zeros(factors.shape, dtype=torch.int8)
+            self._matrices[part.name] = _HeldMatrix(
+                values=self._stand_in(part.name, part, shape, torch.int8),
+                scales=self._hold(f"{part.name}.scales", torch.from_numpy(factors)),
+                zeros=self._hold(f"{part.name}.zeros", zeros),
+                storage=row.storage,
             )
-        self._note(PackedWeight(name=name, storage=whole.storage, shape=whole.values.shape))
+        self._note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
 
     def _hold_float(self, name: str, head_width: int | None, factor: float | None) -> None:
         array = self._weights.float(name)
@@ -242,8 +252,14 @@ class Constants(nn.Module):
         self._note(PackedWeight(name=name, storage=FLOAT32, shape=tuple(tensor.shape)))
 
     def _hold(self, name: str, tensor: Tensor) -> str:
+        return self._register(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _stand_in(self, name: str, late: LateWeight, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+        return self._register(name, self._stand_ins.parameter(late, shape, dtype))
+
+    def _register(self, name: str, parameter: nn.Parameter) -> str:
         held = name.replace(".", "__")  # a module's attribute has no dots
-        self.register_parameter(held, nn.Parameter(tensor, requires_grad=False))
+        self.register_parameter(held, parameter)
         return held
 
 
@@ -260,42 +276,67 @@ def pack_table(tensor: QuantizedTensor) -> tuple[NDArray[Any], NDArray[np.float1
     if tensor.storage.bits == 4:
         # ExecuTorch's kernel has the first of two integers in the high half of a byte.
         values = pack_int4(_swap_pairs(values), offset=8)
-    scales = tensor.scales if tensor.storage.block else tensor.scales[:, 0]
-    return values, scales.astype(np.float16)
+    return values, table_scales(tensor.scales, tensor.storage)
 
 
-def head_integers(name: str, weights: QuantizedWeights) -> QuantizedTensor:
-    """The integers of a table that inputs are multiplied by, in the order of `ExecutorchOps.matrices`.
-
-    XNNPACK has the first of two int4 in the low half of a byte, and the kernel that looks up in the high one.
-    """
-    table = weights.quantized(name)
-    return replace(table, values=_swap_pairs(table.values)) if table.storage.bits == 4 else table
+def table_scales(scales: NDArray[np.float32], storage: Storage) -> NDArray[np.float16]:
+    """The scales of a table that is looked up; each of them fits float16."""
+    return (scales if storage.block else scales[:, 0]).astype(np.float16)
 
 
 def _swap_pairs(values: NDArray[np.int8]) -> NDArray[np.int8]:
     return np.ascontiguousarray(values.reshape(-1, 2)[:, ::-1]).reshape(values.shape)
 
 
-def table_arrays(name: str, weights: QuantizedWeights) -> list[NDArray[Any]]:
-    """What a program holds of a table that is looked up: its rows, and their scales if it has any."""
-    if weights.plan.by_name[name].storage.is_float:
-        return [weights.float(name)]
-    return list(pack_table(weights.quantized(name)))
+def late_table(name: str, weights: QuantizedWeights) -> LateWeight:
+    """The rows of a table, for the kernel that looks up and for the one that multiplies alike.
+
+    XNNPACK has the first of two int4 in the low half of a byte, and the kernel that looks up in the high one:
+    the order of columns is that of `ExecutorchOps.matrices`.
+    """
+    row = weights.plan.by_name[name]
+    rows, width = row.stored_shape
+    step = max(1, _PIECE_VALUES // width)
+
+    def pieces() -> Iterator[NDArray[Any]]:
+        if row.storage.is_float:
+            yield weights.float(name)
+            return
+        for start in range(0, rows, step):
+            values, _ = pack_table(weights.quantized(name, slice(start, min(start + step, rows))))
+            yield values
+
+    return LateWeight(name=name, size=_bytes(rows, width, row.storage), pieces=pieces)
 
 
-def half_rows(rows: int, head_width: int) -> dict[str, NDArray[np.int64]]:
-    """The rows of a projection that make the first half of every head, and those that make the second."""
+def late_matrix(name: str, weights: QuantizedWeights, head_width: int | None) -> list[LateWeight]:
+    """A matrix as XNNPACK multiplies by it; one that is needed in halves in two parts."""
+    row = weights.plan.by_name[name]
+    outputs, inputs = row.stored_shape
+
+    def part(rows: NDArray[np.int64] | slice) -> Iterator[NDArray[Any]]:
+        if row.storage.is_float:
+            yield np.ascontiguousarray(weights.float(name)[rows])
+            return
+        values = weights.quantized(name).values[rows]
+        yield pack_int4(values, offset=8) if row.storage.bits == 4 else np.ascontiguousarray(values)
+
+    parts = part_rows(outputs, head_width)
+    names = [name] if head_width is None else [f"{name}.{half}" for half in HALVES]
+    size = _bytes(outputs // len(parts), inputs, row.storage)
+    return [
+        LateWeight(name=part_name, size=size, pieces=partial(part, rows))
+        for part_name, rows in zip(names, parts, strict=True)
+    ]
+
+
+def part_rows(rows: int, head_width: int | None) -> list[NDArray[np.int64] | slice]:
+    """All rows; or those that make the first half of every head, and those that make the second."""
+    if head_width is None:
+        return [slice(None)]
     halves = np.arange(rows).reshape(-1, 2, head_width // 2)
-    return {half: halves[:, index].reshape(-1) for index, half in enumerate(HALVES)}
+    return [halves[:, index].reshape(-1) for index in range(2)]
 
 
-def integer_matrix(values: NDArray[np.int8], scales: NDArray[np.float32], storage: Storage) -> IntegerMatrix:
-    """A matrix of integers for `IntegerMatrix.dequantized`."""
-    factors = np.ascontiguousarray(scales if storage.block else scales[:, 0])
-    return IntegerMatrix(
-        values=torch.from_numpy(np.ascontiguousarray(values)),
-        scales=torch.from_numpy(factors),
-        zeros=torch.zeros(factors.shape, dtype=torch.int8),
-        storage=storage,
-    )
+def _bytes(rows: int, width: int, storage: Storage) -> int:
+    return rows * width * (32 if storage.is_float else storage.bits) // 8

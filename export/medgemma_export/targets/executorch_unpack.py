@@ -1,15 +1,21 @@
 """Reads the weights back from a finished ExecuTorch program, and holds them against their plan."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from executorch.exir._serialize._program import deserialize_pte_binary
 from numpy.typing import NDArray
 
 from medgemma_export.models.spec import Component
-from medgemma_export.targets.executorch_program import Survey, half_rows, head_integers, table_arrays
-from medgemma_quantization.affine import pack_int4
+from medgemma_export.targets.executorch_file import constant_parts, read_program
+from medgemma_export.targets.executorch_program import (
+    Survey,
+    late_matrix,
+    late_table,
+    part_rows,
+    table_scales,
+)
+from medgemma_export.targets.executorch_stand_ins import LateWeight
 from medgemma_quantization.scheme import Storage
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.errors import ArtifactError
@@ -22,8 +28,9 @@ _ALIGNMENT = 128
 def compare_program(program: Path, component: Component, weights: QuantizedWeights) -> None:
     """Hold every matrix and table of a component, integers and scales, against the file that ships.
 
-    Constants are found by their content. Which scales belong to which integers the file says in XNNPACK's own
-    graph, which is not read here: that a product is right shows only when it is computed.
+    Matrices are found by their names, what kernels read and scales by their content. Which scales belong to
+    which integers the file says in XNNPACK's own graph, which is not read here: that a product is right shows
+    only when it is computed.
 
     Args:
         program: A .pte file that `medgemma_export.targets.executorch` wrote.
@@ -33,48 +40,56 @@ def compare_program(program: Path, component: Component, weights: QuantizedWeigh
     Raises:
         ArtifactError: Naming the first weight that is missing or differs.
     """
-    file = deserialize_pte_binary(program.read_bytes())
-    named = file.named_data
-    held = [bytes(buffer) for buffer in (named.buffers if named else [])]
-    held += [bytes(buffer.storage) for buffer in file.program.constant_buffer]
+    description, segments = read_program(program)
+    named = {entry.key: segments[entry.segment_index] for entry in description.named_data or []}
+    for_kernels = list(constant_parts(description, segments).values())
     survey = Survey(component)
     for name in dict.fromkeys([*sorted(survey.multiplied), *sorted(survey.looked_up)]):
-        pieces = _pieces(name, weights, survey) if name in survey.multiplied else []
+        row, head_width = weights.plan.by_name[name], survey.halved.get(name)
+        is_there = True
         if name in survey.looked_up:
-            pieces += table_arrays(name, weights)
-        for piece in pieces:
-            content = piece.tobytes()
-            # What is read back ends where the next constant begins, so it may have padding.
-            if not any(
-                len(buffer) - len(content) < _ALIGNMENT and buffer.startswith(content) for buffer in held
-            ):
-                raise ArtifactError(
-                    f"{program.name} does not carry {name} as the plan and the checkpoint give it; "
-                    "the file is damaged or was made otherwise: export again"
-                )
+            is_there = _is_among(for_kernels, late_table(name, weights))
+        if name in survey.multiplied:
+            is_head = name in survey.heads
+            parts = [late_table(name, weights)] if is_head else late_matrix(name, weights, head_width)
+            for part in parts:
+                is_there &= _is_among([named[part.name]] if part.name in named else for_kernels, part)
+        if not row.storage.is_float:
+            scales = weights.scales(name)
+            held = named.values()
+            if name in survey.looked_up:
+                is_there &= _holds(for_kernels, table_scales(scales, row.storage))
+            if name in survey.multiplied:
+                for rows in part_rows(row.stored_shape[0], head_width):
+                    is_there &= _holds(held, _xnnpack_scales(scales[rows], row.storage))
+        if not is_there:
+            raise ArtifactError(
+                f"{program.name} does not carry {name} as the plan and the checkpoint give it; "
+                "the file is damaged or was made otherwise: export again"
+            )
 
 
-def _pieces(name: str, weights: QuantizedWeights, survey: Survey) -> list[NDArray[Any]]:
-    """A matrix as XNNPACK's constants: integers and scales, those of q and k in halves."""
-    row, head_width = weights.plan.by_name[name], survey.halved.get(name)
-    every = [np.arange(row.stored_shape[0])]
-    parts = every if head_width is None else list(half_rows(row.stored_shape[0], head_width).values())
-    if row.storage.is_float:
-        matrix = weights.float(name)
-        return [np.ascontiguousarray(matrix[rows]) for rows in parts]
-    tensor = head_integers(name, weights) if name in survey.heads else weights.quantized(name)
-    return [
-        piece
-        for rows in parts
-        for piece in (_packed(tensor.values[rows], row.storage), _scales(tensor.scales[rows], row.storage))
-    ]
+def _is_among(held: Iterable[NDArray[np.uint8]], weight: LateWeight) -> bool:
+    """Whether one of the parts of a file is the weight."""
+    left = [part for part in held if 0 <= len(part) - weight.size < _ALIGNMENT]
+    start = 0
+    for piece in weight.pieces():
+        content = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+        left = [part for part in left if np.array_equal(part[start : start + len(content)], content)]
+        start += len(content)
+    return bool(left)
 
 
-def _packed(values: NDArray[np.int8], storage: Storage) -> NDArray[Any]:
-    return pack_int4(values, offset=8) if storage.bits == 4 else np.ascontiguousarray(values)
+def _holds(held: Iterable[NDArray[np.uint8]], array: NDArray[np.generic]) -> bool:
+    """Whether one of the parts of a file is the array; there may be padding after it."""
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return any(
+        0 <= len(part) - len(content) < _ALIGNMENT and np.array_equal(part[: len(content)], content)
+        for part in held
+    )
 
 
-def _scales(scales: NDArray[np.float32], storage: Storage) -> NDArray[Any]:
+def _xnnpack_scales(scales: NDArray[np.float32], storage: Storage) -> NDArray[np.generic]:
     """Those of blocks are bfloat16, which every scale fits: the upper half of a float32."""
     flat = np.ascontiguousarray(scales)
     if not storage.block:

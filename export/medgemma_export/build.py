@@ -5,10 +5,12 @@ checkpoint -> ModelSpec -> QuantPlan -> QuantizedWeights -> Target.lower -> Arti
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from medgemma_export.adapter import merge_adapter
 from medgemma_export.calibration.integers import make_integers
+from medgemma_export.calibration.mixed_bits import mix_bits
 from medgemma_export.calibration.reach import (
     check_chain,
     check_ranges,
@@ -29,7 +31,7 @@ from medgemma_export.package import (
 from medgemma_export.recipe import Recipe
 from medgemma_export.targets import Target, choose_target
 from medgemma_quantization.activations import RANGES_NAME
-from medgemma_quantization.budget import Sensitivity, check_floor, choose_bits, predicted_kl
+from medgemma_quantization.budget import Sensitivity, check_floor
 from medgemma_quantization.calibration import CalibrationSet, open_set
 from medgemma_quantization.equalization import FACTORS_NAME, note_equalized
 from medgemma_quantization.integer_hashes import hash_integers, write_hashes
@@ -87,7 +89,7 @@ def decide(recipe: Recipe, *, progress: Progress = lambda *step: None) -> Decisi
         checkpoint = merge_adapter(checkpoint, recipe.adapter)
     model = load_model(checkpoint, residual_scale=recipe.scheme.residual_scale)
     check_tensors(checkpoint, model.checkpoint_shapes())
-    model = _limit(_select(model, recipe.components), recipe.context)
+    model = _describe(recipe, checkpoint)
     plan = make_plan(recipe.scheme, model.weights(), method=recipe.method)
     samples, expected = None, None
     if recipe.calibration is not None:
@@ -101,9 +103,15 @@ def decide(recipe: Recipe, *, progress: Progress = lambda *step: None) -> Decisi
         if recipe.budget is not None:
             high = make_plan(_target(recipe).scheme("int8"), model.weights())
             check_floor(plan, high, recipe.budget)
-            sensitivity = _sensitivity(recipe, checkpoint, model, plan, high, samples, progress)
-            plan = choose_bits(plan, high, sensitivity, recipe.budget)
-            expected = predicted_kl(sensitivity, (row.name for row in plan.rows if row.storage.bits == 8))
+            mixed = mix_bits(
+                plan,
+                high,
+                recipe.budget,
+                describe=partial(_describe, recipe, checkpoint),
+                measure=partial(_sensitivity, recipe, checkpoint, samples, progress),
+                cuts_tables=_target(recipe).cuts_tables,
+            )
+            model, plan, expected = mixed.model, mixed.plan, mixed.predicted_kl
         if METHODS[recipe.method].factors is not None:
             plan = note_equalized(plan, reached_folds(model, plan, samples))
     _target(recipe).check(model, plan)
@@ -188,11 +196,11 @@ def _quantize(recipe: Recipe, decision: Decision, directory: Path, progress: Pro
 def _sensitivity(
     recipe: Recipe,
     checkpoint: Checkpoint,
+    samples: CalibrationSet,
+    progress: Progress,
     model: ModelSpec,
     plan: QuantPlan,
     high: QuantPlan,
-    samples: CalibrationSet,
-    progress: Progress,
 ) -> Sensitivity:
     """What 4 bits cost, from the recipe's file or measured."""
     from medgemma_export.calibration.inputs import model_inputs  # PyTorch
@@ -220,6 +228,13 @@ def _stamps(checkpoint: Checkpoint) -> list[tuple[int, int]]:
     """Size and time of every file of weights: what is hashed must be what is read."""
     states = [path.stat() for path in checkpoint.weight_paths]
     return [(state.st_size, state.st_mtime_ns) for state in states]
+
+
+def _describe(recipe: Recipe, checkpoint: Checkpoint, table_bounds: tuple[int, ...] = ()) -> ModelSpec:
+    """The parts of a model that are asked for, their table cut at these rows."""
+    scale = recipe.scheme.residual_scale
+    model = load_model(checkpoint, residual_scale=scale, table_bounds=table_bounds)
+    return _limit(_select(model, recipe.components), recipe.context)
 
 
 def _select(model: ModelSpec, names: tuple[str, ...]) -> ModelSpec:

@@ -17,12 +17,15 @@ Notation: B batch, S sequence, H hidden width, D head width.
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
+from medgemma_quantization.row_pieces import piece_name, spans
+
 __all__ = [
     "Ops",
     "Linear",
     "LayerNorm",
     "RmsNorm",
     "Table",
+    "TablePiece",
     "PatchEmbedding",
     "Parameter",
     "Heads",
@@ -67,12 +70,40 @@ class RmsNorm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TablePiece:
+    """Consecutive rows of a table that are a weight of their own."""
+
+    weight: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows that ids look up: `NAME.weight` [rows, width]."""
+    """Rows that ids look up: `NAME.weight` [rows, width], or several weights of consecutive rows.
+
+    Attributes:
+        name: What the weights' names begin with.
+        rows: Of all weights together.
+        width: Of a row.
+        bounds: Where a piece of its own begins, the first piece apart.
+    """
 
     name: str
     rows: int
     width: int
+    bounds: tuple[int, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[TablePiece, ...]:
+        """The weights, in the order of their rows."""
+        whole = f"{self.name}.weight"
+        return tuple(
+            TablePiece(
+                weight=piece_name(whole, start, stop) if self.bounds else whole, start=start, stop=stop
+            )
+            for start, stop in spans(self.rows, self.bounds)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,8 @@ class PlanOps:
         self._note_table(table)
 
     def _note_table(self, table: Table) -> None:
-        self._note(f"{table.name}.weight", (table.rows, table.width), "table")
+        for piece in table.pieces:
+            self._note(piece.weight, (piece.stop - piece.start, table.width), "table")
 
     def _note_linear(self, weight: Linear, padded_axes: tuple[int, ...] = ()) -> None:
         shape = (weight.outputs, weight.inputs)

@@ -62,10 +62,7 @@ class TorchOps:
 
     def embed(self, ids: Tensor, table: Table) -> Tensor:
         """See `Ops`."""
-        name = f"{table.name}.weight"
-        if self._is_float(name):
-            return self._float(name)[ids]
-        return torch.from_numpy(self.weights.quantized(name).dequantize())[ids]
+        return torch.cat([self._rows(piece.weight) for piece in table.pieces])[ids]
 
     def add_positions(self, x: Tensor, positions: Parameter) -> Tensor:
         """See `Ops`."""
@@ -194,7 +191,12 @@ class TorchOps:
 
     def logits(self, x: Tensor, table: Table) -> Tensor:
         """See `Ops`."""
-        return self._multiply(x, f"{table.name}.weight")
+        return torch.cat([self._multiply(x, piece.weight) for piece in table.pieces], -1)
+
+    def _rows(self, name: str) -> Tensor:
+        if self._is_float(name):
+            return self._float(name)
+        return torch.from_numpy(self.weights.quantized(name).dequantize())
 
     def _multiply(self, x: Tensor, name: str) -> Tensor:
         if self._is_float(name):

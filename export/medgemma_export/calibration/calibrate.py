@@ -85,7 +85,7 @@ def calibrate(
         model,
         plan,
         samples=samples,
-        predict=rounder.head,
+        predict=rounder,
         spill=directory.parent,
         memory_bytes=memory_bytes,
     )
@@ -149,7 +149,7 @@ def round_apart(
         (Memo(read),),
         samples,
         meet=meet,
-        predict=rounder.head,
+        predict=rounder,
         spill=directory.parent,
         memory_bytes=memory_bytes,
     )
@@ -166,10 +166,6 @@ class _Rounder:
         self._weights, self._find, self._progress = weights, find, progress
         self._left = {row.name for row in weights.plan.rows if not row.storage.is_float}
         self._total = len(self._left)
-
-    def head(self, name: str, inputs: Samples) -> None:
-        """An output head."""
-        self((name,), inputs)
 
     def round_rest(self) -> None:
         """Round what no sample reached."""
@@ -227,7 +223,7 @@ def run_lockstep(
     samples: Sequence[ModelInput],
     *,
     meet: Meet,
-    predict: Callable[[str, Samples], None],
+    predict: Callable[[tuple[str, ...], Samples], None],
     spill: Path,
     memory_bytes: int,
 ) -> None:

@@ -75,7 +75,7 @@ def equalize(
         samples,
         memory_bytes=memory_bytes,
         meet=meet,
-        predict=lambda name, inputs: meet((name,), inputs),
+        predict=meet,
     )
     return Equalization(folds=folds, factors=factors)
 

@@ -1,6 +1,6 @@
 """Holds quantized models against the float one: predictions token by token, or embeddings of images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,9 +107,9 @@ def _measure(
     found: list[Fidelity] = []
     ids = [sample.ids for sample in samples if sample.ids is not None]
 
-    def predict(name: str, inputs: Samples) -> None:
-        rows = plan.by_name[name].shape[0]
-        found.extend(_compare_predictions(memos, name, rows, inputs, ids))
+    def predict(names: tuple[str, ...], inputs: Samples) -> None:
+        heads = [(name, plan.by_name[name].shape[0]) for name in names]
+        found.extend(_compare_predictions(memos, heads, inputs, ids))
 
     run_lockstep(
         model, plan, memos, samples, meet=_pass_by, predict=predict, spill=spill, memory_bytes=memory_bytes
@@ -162,12 +162,17 @@ def _pass_by(names: tuple[str, ...], inputs: Samples | None) -> None:
 
 def _compare_predictions(
     readers: Sequence[ReadWeight],
-    name: str,
-    rows: int,
+    heads: Sequence[tuple[str, int]],
     inputs: Samples,
     ids: Sequence[NDArray[np.int64]],
 ) -> list[Fidelity]:
     """The logits of all tokens in all models, some rows of the head at a time, never all at once.
+
+    Args:
+        readers: Of each model's weights, the float one's first.
+        heads: The weights that the head consists of, and their rows.
+        inputs: What every token has at the head.
+        ids: The tokens.
 
     The running maximum, the sum of exponentials and the sum of `exp(a) (a - b)` give the divergence:
     `KL = sum(exp(a) (a - b)) / sum(exp(a)) - log sum(exp(a)) + log sum(exp(b))`.
@@ -180,17 +185,18 @@ def _compare_predictions(
     total = torch.zeros((models, tokens), dtype=torch.float64)
     weighted = torch.zeros((models, tokens), dtype=torch.float64)
     true = torch.full((models, tokens), torch.nan, dtype=torch.float64)
-    for start in range(0, rows, _HEAD_ROWS):
-        piece = slice(start, min(start + _HEAD_ROWS, rows))
-        heads = [torch.from_numpy(read(name, piece)) for read in readers]
-        step = max(1, _LOGITS // (piece.stop - start))
+    start = 0
+    for name, piece in _in_pieces(heads):
+        count = piece.stop - piece.start
+        matrices = [torch.from_numpy(read(name, piece)) for read in readers]
+        step = max(1, _LOGITS // count)
         for first in range(0, tokens, step):
             part = slice(first, first + step)
             here = torch.from_numpy(truth[part] - start)
-            inside = (here >= 0) & (here < piece.stop - start)
-            place = here.clamp(0, piece.stop - start - 1)[:, None]
+            inside = (here >= 0) & (here < count)
+            place = here.clamp(0, count - 1)[:, None]
             reference, powers = None, None
-            for model, head in enumerate(heads):
+            for model, head in enumerate(matrices):
                 logits = states[model][part] @ head.T
                 high, index = logits.max(-1)
                 best[model, part] = torch.where(high > peak[model, part], index + start, best[model, part])
@@ -208,6 +214,7 @@ def _compare_predictions(
                 peak[model, part] = higher
                 at_truth = logits.gather(-1, place)[:, 0].double()
                 true[model, part] = torch.where(inside, at_truth, true[model, part])
+        start += count
     log_total = peak + total.log()
     loss = log_total - true
     return [
@@ -218,3 +225,9 @@ def _compare_predictions(
         )
         for model in range(1, models)
     ]
+
+
+def _in_pieces(heads: Sequence[tuple[str, int]]) -> Iterator[tuple[str, slice]]:
+    for name, rows in heads:
+        for start in range(0, rows, _HEAD_ROWS):
+            yield name, slice(start, min(start + _HEAD_ROWS, rows))

@@ -141,8 +141,9 @@ class LockstepOps:
         memos: Where they read; these forget after every operation.
         store: Keeps what passes between operations.
         meet: Called with every weight that may be integers, before it is used.
-        predict: Called instead of the output head, with the inputs that every token has there: a decoder that
-            reads a text predicts at each token, not only after the last. None for a component without head.
+        predict: Called instead of the output head, with its weights and the inputs that every token has
+            there: a decoder that reads a text predicts at each token, not only after the last. None for a
+            component without head.
         grown: Called with the residual stream when it begins and whenever something has been added to it.
     """
 
@@ -150,7 +151,7 @@ class LockstepOps:
     memos: tuple[Memo, ...]
     store: SampleStore
     meet: Meet
-    predict: Callable[[str, Samples], None] | None = None
+    predict: Callable[[tuple[str, ...], Samples], None] | None = None
     grown: Callable[[Samples], None] | None = None
     _head_inputs: list[Samples] = field(default_factory=list)
 
@@ -173,7 +174,7 @@ class LockstepOps:
     def project_together(self, x: Samples, weights: tuple[Linear, ...]) -> tuple[Samples, ...]:
         """See `Ops`."""
         if any(x is inputs for inputs in self._head_inputs):
-            return (self._predict(f"{weights[0].name}.weight", x),)
+            return (self._predict((f"{weights[0].name}.weight",), x),)
         self._meet(x, *weights)
         return self._several(lambda ops, x: ops.project_together(x, weights), x)
 
@@ -212,10 +213,9 @@ class LockstepOps:
 
     def scaled_embed(self, ids: Samples, table: Table, scale: float) -> Samples:
         """See `Ops`. Tables are read in pieces, of which few rows are used."""
-        name = f"{table.name}.weight"
-        self.meet((name,), None)
+        self.meet(tuple(piece.weight for piece in table.pieces), None)
         wanted = torch.unique(torch.cat([tensor.flatten() for tensor in ids.tensors]))
-        tables = [rows * scale for rows in self._gather(name, wanted, table)]
+        tables = [rows * scale for rows in self._gather(wanted, table)]
 
         def look_up(ids: Tensor) -> Tensor:
             places = torch.searchsorted(wanted, ids)
@@ -310,13 +310,13 @@ class LockstepOps:
 
     def logits(self, x: Samples, table: Table) -> Samples:
         """See `Ops`."""
-        return self._predict(f"{table.name}.weight", x)
+        return self._predict(tuple(piece.weight for piece in table.pieces), x)
 
-    def _predict(self, name: str, x: Samples) -> Samples:
+    def _predict(self, names: tuple[str, ...], x: Samples) -> Samples:
         """Nothing reads a decoder's logits afterwards, and those of every token would be large."""
         if self.predict is None:
-            raise RuntimeError(f"{name} is an output head, and this component was said to have none")
-        self.predict(name, x)
+            raise RuntimeError(f"{names[0]} is an output head, and this component was said to have none")
+        self.predict(names, x)
         return x
 
     def _grow(self, x: Samples) -> Samples:
@@ -327,16 +327,18 @@ class LockstepOps:
     def _meet(self, x: Samples, *weights: Linear) -> None:
         self.meet(tuple(f"{weight.name}.weight" for weight in weights), x)
 
-    def _gather(self, name: str, wanted: Tensor, table: Table) -> list[Tensor]:
+    def _gather(self, wanted: Tensor, table: Table) -> list[Tensor]:
         """The wanted rows of a table in each model, [wanted, width]."""
         found = [torch.empty(len(wanted), table.width) for _ in self.models]
-        for start in range(0, table.rows, _TABLE_ROWS):
-            piece = slice(start, min(start + _TABLE_ROWS, table.rows))
-            inside = (wanted >= piece.start) & (wanted < piece.stop)
-            if inside.any():
-                for rows, ops in zip(found, self.models, strict=True):
-                    values = torch.from_numpy(ops.weights.read(name, piece))
-                    rows[inside] = values[wanted[inside] - piece.start]
+        for piece in table.pieces:
+            for start in range(piece.start, piece.stop, _TABLE_ROWS):
+                stop = min(start + _TABLE_ROWS, piece.stop)
+                inside = (wanted >= start) & (wanted < stop)
+                if inside.any():
+                    part = slice(start - piece.start, stop - piece.start)
+                    for rows, ops in zip(found, self.models, strict=True):
+                        values = torch.from_numpy(ops.weights.read(piece.weight, part))
+                        rows[inside] = values[wanted[inside] - start]
         return found
 
     def _one(self, compute: Callable[..., Tensor], *inputs: Samples) -> Samples:

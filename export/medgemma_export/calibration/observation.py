@@ -30,7 +30,7 @@ def observe(
     memory_bytes: int,
     meet: Meet = pass_by,
     grown: Callable[[str, Samples], None] = lambda component, stream: None,
-    predict: Callable[[str, Samples], None] | None = None,
+    predict: Callable[[tuple[str, ...], Samples], None] | None = None,
     make_ops: Callable[[QuantizedWeights], TorchOps] = lambda weights: TorchOps(weights=weights),
 ) -> None:
     """Run every component that samples reach, once, with float weights.
@@ -60,7 +60,7 @@ def observe(
                 memos=(memo,),
                 store=store,
                 meet=meet,
-                predict=predict or (lambda name, inputs: None) if component.name == "decoder" else None,
+                predict=predict or (lambda names, inputs: None) if component.name == "decoder" else None,
                 grown=partial(grown, component.name),
             )
             made |= component.forward(ops, inputs)

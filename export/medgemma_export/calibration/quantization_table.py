@@ -29,12 +29,13 @@ from medgemma_export.calibration.calibrate import ModelInput
 from medgemma_export.calibration.fidelity import embed_images, measure
 from medgemma_export.calibration.inputs import caption_inputs, model_inputs
 from medgemma_export.calibration.integers import make_integers
+from medgemma_export.calibration.mixed_bits import mix_bits
 from medgemma_export.calibration.peer_rounding import PEERS, PeerName, peer_reader
 from medgemma_export.calibration.reach import takes, unreached_weights
 from medgemma_export.calibration.sensitivity import open_sensitivity
 from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from medgemma_export.models import ModelSpec, load_model
-from medgemma_quantization.budget import Budget, Sensitivity, choose_bits, predicted_kl
+from medgemma_quantization.budget import Budget, Sensitivity
 from medgemma_quantization.calibration import CalibrationSet, held_out_set, open_set
 from medgemma_quantization.methods import METHODS, MethodName
 from medgemma_quantization.plan import QuantPlan, make_plan, note_unreached
@@ -256,12 +257,16 @@ def _measure_row(subject: _Subject, request: RowRequest, progress: Progress) -> 
         plan = note_unreached(plan, unreached_weights(subject.model, subject.calibration))
     predicted = None
     if request.bits is not None:
-        high = make_plan(SCHEMES["int8"], subject.model.weights())
-        sensitivity = _sensitivity(subject, plan, high, request.method, progress)
-        budget = Budget(size_bytes=int(request.bits * plan.weight_count / 8))
-        plan = choose_bits(plan, high, sensitivity, budget)
-        raised = [row.name for row in plan.rows if row.storage.bits == 8]
-        predicted = predicted_kl(sensitivity, raised)
+        mixed = mix_bits(
+            plan,
+            make_plan(SCHEMES["int8"], subject.model.weights()),
+            Budget(size_bytes=int(request.bits * plan.weight_count / 8)),
+            describe=lambda bounds: load_model(subject.checkpoint, table_bounds=bounds),
+            measure=partial(_sensitivity, subject, request.method, progress),
+            cuts_tables=True,
+        )
+        subject, plan = replace(subject, model=mixed.model), mixed.plan
+        predicted = mixed.predicted_kl
     directory = subject.work / _key(subject, plan)
     weights = _round(subject, plan, request.method, directory, progress)
     row = _with_fidelity(
@@ -285,15 +290,20 @@ def _measure_row(subject: _Subject, request: RowRequest, progress: Progress) -> 
 
 
 def _sensitivity(
-    subject: _Subject, plan: QuantPlan, high: QuantPlan, method: MethodName, progress: Progress
+    subject: _Subject,
+    method: MethodName,
+    progress: Progress,
+    model: ModelSpec,
+    plan: QuantPlan,
+    high: QuantPlan,
 ) -> Sensitivity:
     """Measured once for each method, and kept beside the table: `medgemma-export --sensitivity` takes it."""
     return open_sensitivity(
         subject.out.with_name(f"{subject.out.stem}.{method}-sensitivity.json"),
-        model=subject.model,
+        model=model,
         plan=plan,
         high=high,
-        read=subject.read,
+        read=model.reader(subject.checkpoint),
         samples=subject.samples,
         work=subject.work,
         weights_sha256=subject.weights_sha256,

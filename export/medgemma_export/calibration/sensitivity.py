@@ -8,7 +8,7 @@ variant's predictions is its cost: nothing about how errors travel is assumed.
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -190,7 +190,8 @@ def _decisions(
         model: What asks for them; a component that sees images is one decision.
         plan: Which are integers, and their shapes.
         together: Weights that share their inputs; those of one shape among them, such as keys and values,
-            or gate and up, are one decision, so that targets can still compute them as one product.
+            or gate and up, are one decision, so that targets can still compute them as one product. Rows of a
+            table are not.
     """
     groups = [
         tuple(spec.name for spec in component.weights())
@@ -198,9 +199,10 @@ def _decisions(
         if takes_pixels(component)
     ]
     for names in together:
-        by_shape: dict[tuple[int, ...], list[str]] = {}
+        by_shape: dict[Hashable, list[str]] = {}
         for name in names:
-            by_shape.setdefault(plan.by_name[name].shape, []).append(name)
+            row = plan.by_name[name]
+            by_shape.setdefault(name if row.role == "table" else row.shape, []).append(name)
         groups += map(tuple, by_shape.values())
     seen: set[str] = set()
     decisions = []

@@ -70,7 +70,7 @@ def find_ranges(
         samples,
         memory_bytes=memory_bytes,
         meet=meet,
-        predict=lambda name, inputs: meet((name,), inputs),
+        predict=meet,
     )
     check_ranges(plan, [name for name in wanted if name not in ranges])
     return ranges

@@ -16,12 +16,15 @@ MODELS: dict[str, Callable[..., ModelSpec]] = {
 }
 
 
-def load_model(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> ModelSpec:
+def load_model(
+    checkpoint: Checkpoint, *, residual_scale: float = 1.0, table_bounds: tuple[int, ...] = ()
+) -> ModelSpec:
     """Describe the model in a checkpoint, by the architecture that its config.json names.
 
     Args:
         checkpoint: Where the weights lie.
         residual_scale: Factor of a decoder's residual stream, for engines that compute in float16.
+        table_bounds: Where rows of a decoder's table begin that are a weight of their own.
 
     Raises:
         CheckpointError: If the architecture is none of `MODELS`.
@@ -32,8 +35,8 @@ def load_model(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> ModelS
         raise CheckpointError(
             f"{checkpoint.id} is of architecture {architecture!r}; this version exports {', '.join(MODELS)}"
         )
-    if residual_scale == 1:
+    if residual_scale == 1 and not table_bounds:
         return MODELS[architecture](checkpoint)
     if MODELS[architecture] is medsiglip.load:
         raise EdgeError(f"{architecture} has no decoder whose residual stream could be scaled; leave it at 1")
-    return MODELS[architecture](checkpoint, residual_scale=residual_scale)
+    return MODELS[architecture](checkpoint, residual_scale=residual_scale, table_bounds=table_bounds)

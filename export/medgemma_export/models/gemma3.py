@@ -35,6 +35,7 @@ class Decoder:
         residual_scale: Factor of the whole residual stream, a power of two. Norms undo it, so logits stay the
             same; float16 engines need it, because the stream exceeds their range.
         head: Name of the output head's linear, or None where the head is the embedding's table.
+        table_bounds: Where rows of the table begin that are a weight of their own.
     """
 
     prefix: str
@@ -50,6 +51,7 @@ class Decoder:
     eps: float
     head: str | None
     residual_scale: float = 1.0
+    table_bounds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.heads.query % self.heads.kv:
@@ -60,7 +62,12 @@ class Decoder:
     @property
     def table(self) -> Table:
         """The embedding, and the output head where that is tied."""
-        return Table(name=f"{self.prefix}.embed_tokens", rows=self.vocabulary, width=self.width)
+        return Table(
+            name=f"{self.prefix}.embed_tokens",
+            rows=self.vocabulary,
+            width=self.width,
+            bounds=self.table_bounds,
+        )
 
     def linear(self, name: str, inputs: int, outputs: int) -> Linear:
         """A linear of this decoder; Gemma's have no bias."""

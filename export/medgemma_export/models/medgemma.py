@@ -12,7 +12,7 @@ from medgemma_export.checkpoint import Checkpoint
 from medgemma_export.models.gemma3 import Decoder, decode, embed_tokens
 from medgemma_export.models.siglip import Encoder, encode_patches
 from medgemma_export.models.spec import Component, ModelSpec, WeightSource, read_json
-from medgemma_export.ops import Heads, Linear, Ops, RmsNorm, Rotary
+from medgemma_export.ops import Heads, Linear, Ops, RmsNorm, Rotary, Table
 from medgemma_runtime.errors import CheckpointError
 from medgemma_runtime.images import from_preprocessor_config
 from medgemma_runtime.manifest import ImageSpec, PromptSpec, TensorSpec
@@ -64,7 +64,9 @@ _INTENDED_USE = (
 )
 
 
-def load(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> ModelSpec:
+def load(
+    checkpoint: Checkpoint, *, residual_scale: float = 1.0, table_bounds: tuple[int, ...] = ()
+) -> ModelSpec:
     """Describe a Gemma3ForConditionalGeneration checkpoint: vision tower, embedding and decoder.
 
     Raises:
@@ -76,7 +78,7 @@ def load(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> ModelSpec:
     config = Gemma3Config.from_dict(dict(checkpoint.config))
     tied = bool(config.tie_word_embeddings and config.text_config.tie_word_embeddings)
     decoder = text_decoder(checkpoint, config.text_config, tied=tied)
-    decoder = replace(decoder, residual_scale=residual_scale)
+    decoder = replace(decoder, residual_scale=residual_scale, table_bounds=table_bounds)
     components = (
         _vision_component(checkpoint, config, decoder),
         embed_component(decoder, image_id=config.image_token_index),
@@ -87,6 +89,7 @@ def load(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> ModelSpec:
         checkpoint,
         "Gemma3ForConditionalGeneration",
         components,
+        decoder,
         image=image,
         prompt=_prompt_spec(
             config.text_config,
@@ -98,7 +101,9 @@ def load(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> ModelSpec:
     )
 
 
-def load_text_only(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> ModelSpec:
+def load_text_only(
+    checkpoint: Checkpoint, *, residual_scale: float = 1.0, table_bounds: tuple[int, ...] = ()
+) -> ModelSpec:
     """Describe a Gemma3ForCausalLM checkpoint: embedding and decoder.
 
     Raises:
@@ -108,13 +113,15 @@ def load_text_only(checkpoint: Checkpoint, *, residual_scale: float = 1.0) -> Mo
 
     config = Gemma3TextConfig.from_dict(dict(checkpoint.config))
     decoder = text_decoder(checkpoint, config, tied=bool(config.tie_word_embeddings))
-    decoder = replace(decoder, residual_scale=residual_scale)
+    decoder = replace(decoder, residual_scale=residual_scale, table_bounds=table_bounds)
     components = (embed_component(decoder, image_id=None), decoder_component(decoder))
     # A GGUF file names one token that ends an answer; llama.cpp finds <end_of_turn> by its spelling.
     is_gguf = all(name.endswith(".gguf") for name in checkpoint.weight_files)
     stop_ids = _STOP_IDS if is_gguf else _stop_ids(checkpoint)
     prompt = _prompt_spec(config, stop_ids=stop_ids, image_id=None, tokens_per_image=0)
-    return _describe(checkpoint, "Gemma3ForCausalLM", components, image=None, prompt=prompt, files=_FILES)
+    return _describe(
+        checkpoint, "Gemma3ForCausalLM", components, decoder, image=None, prompt=prompt, files=_FILES
+    )
 
 
 def text_decoder(checkpoint: Checkpoint, config: Any, *, tied: bool) -> Decoder:
@@ -387,6 +394,7 @@ def _describe(
     checkpoint: Checkpoint,
     architecture: str,
     components: tuple[Component, ...],
+    decoder: Decoder,
     *,
     image: ImageSpec | None,
     prompt: PromptSpec | None,
@@ -396,7 +404,7 @@ def _describe(
     return ModelSpec(
         architecture=architecture,
         components=components,
-        sources=_sources(checkpoint, components),
+        sources=_sources(checkpoint, components, decoder.table),
         scalars=(),
         image=image,
         text=None,
@@ -408,7 +416,9 @@ def _describe(
     )
 
 
-def _sources(checkpoint: Checkpoint, components: Iterable[Component]) -> dict[str, WeightSource]:
+def _sources(
+    checkpoint: Checkpoint, components: Iterable[Component], table: Table
+) -> dict[str, WeightSource]:
     """Where each weight lies in this checkpoint: the parts' names have changed over the years."""
     prefixes = {
         part: next(
@@ -425,4 +435,9 @@ def _sources(checkpoint: Checkpoint, components: Iterable[Component]) -> dict[st
             sources[weight.name] = WeightSource(tensor=tensor, transposed=True)
         elif part in prefixes:
             sources[weight.name] = WeightSource(tensor=f"{prefixes[part]}.{rest}")
+    if table.bounds:
+        tensor = f"{prefixes['language_model']}.{_LANDMARKS['language_model']}"
+        for piece in table.pieces:
+            rows = slice(piece.start, piece.stop)
+            sources[piece.weight] = WeightSource(tensor=tensor, tensor_rows=table.rows, rows=rows)
     return sources

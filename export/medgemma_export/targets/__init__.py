@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, get_args
+from typing import TYPE_CHECKING, ClassVar, Protocol, get_args
 
 from medgemma_export.models.spec import ModelSpec
 from medgemma_export.targets.coreml import CoremlTarget, Units
@@ -21,7 +21,14 @@ __all__ = ["Target", "TARGETS", "Units", "Delegate", "choose_target"]
 
 
 class Target(Protocol):
-    """A deployment format."""
+    """A deployment format.
+
+    Attributes:
+        cuts_tables: Whether a budget may store some rows of a table in 8 bits and others in 4; where not, a
+            table is one decision.
+    """
+
+    cuts_tables: ClassVar[bool]
 
     def scheme(self, name: SchemeName) -> Scheme:
         """A built-in scheme as this format has it: engines differ in what they do to activations."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from medgemma_export.models.spec import Component, ModelSpec
 from medgemma_quantization.plan import PackedWeight, QuantPlan
@@ -56,6 +56,7 @@ class CoremlTarget:
         units: Whose layout programs get.
     """
 
+    cuts_tables: ClassVar[bool] = False
     units: Units = "gpu"
 
     def scheme(self, name: SchemeName) -> Scheme:

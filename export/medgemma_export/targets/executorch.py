@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from medgemma_export.models.spec import Component, ModelSpec
 from medgemma_quantization.plan import PackedWeight, QuantPlan, refuse_palettes
@@ -61,6 +61,7 @@ class ExecutorchTarget:
         delegate: Who computes: `xnnpack`, or `portable` for ExecuTorch's own kernels alone.
     """
 
+    cuts_tables: ClassVar[bool] = False
     delegate: Delegate = "xnnpack"
 
     def scheme(self, name: SchemeName) -> Scheme:

@@ -16,7 +16,7 @@ Standard operators where they are as fast, ONNX Runtime's own where they are not
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -46,6 +46,8 @@ _FILE_ENDING = {32: "", 16: "_fp16", 8: "_int8", 4: "_q4"}
 @dataclass(frozen=True)
 class OnnxTarget:
     """See `Target`."""
+
+    cuts_tables: ClassVar[bool] = True
 
     def scheme(self, name: SchemeName) -> Scheme:
         """See `Target`.

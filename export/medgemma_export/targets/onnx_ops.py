@@ -20,6 +20,7 @@ from medgemma_export.ops import (
     RmsNorm,
     Rotary,
     Table,
+    TablePiece,
 )
 from medgemma_quantization.activations import ActivationRange
 from medgemma_quantization.plan import PackedWeight
@@ -78,12 +79,32 @@ class OnnxOps:
 
     def embed(self, ids: ir.Value, table: Table) -> ir.Value:
         """See `Ops`."""
-        name = f"{table.name}.weight"
+        first, *others = table.pieces
+        if not others:
+            return self._look_up(ids, first, table.width)
+        # A piece gives a row for every id, its first or last one for those outside; the last of all pieces
+        # that begins at an id or before has its row. Ids beyond the table get what a whole one gives: zeros.
+        found = self._look_up(
+            self._node("Min", [ids, self._integers(np.array(first.stop - 1))]), first, table.width
+        )
+        column = self._node("Unsqueeze", [ids, self._shape([-1])])
+        for piece in others:
+            zero, start = self._integers(np.array(0)), self._integers(np.array(piece.start))
+            within = self._node("Max", [self._node("Sub", [ids, start]), zero])
+            if piece.stop < table.rows:
+                last = self._integers(np.array(piece.stop - piece.start - 1))
+                within = self._node("Min", [within, last])
+            reached = self._node("GreaterOrEqual", [column, start])
+            found = self._node("Where", [reached, self._look_up(within, piece, table.width), found])
+        return found
+
+    def _look_up(self, ids: ir.Value, piece: TablePiece, width: int) -> ir.Value:
+        name = piece.weight
         storage = self._storage(name)
         if storage.is_float:
             rows = self._node("Gather", [self._stored_float([name], self.weights.float(name)), ids])
             return self._to_float32(rows) if storage.bits == 16 else rows
-        rows = self._weight(name, self._unsigned(name), storage, (table.rows, table.width))
+        rows = self._weight(name, self._unsigned(name), storage, (piece.stop - piece.start, width))
         attributes: dict[str, _Attribute] = {
             "bits": storage.bits,
             "block_size": storage.block,
@@ -322,7 +343,10 @@ class OnnxOps:
 
     def logits(self, x: ir.Value, table: Table) -> ir.Value:
         """See `Ops`. The table's bytes are those that `embed` looks up."""
-        name = f"{table.name}.weight"
+        parts = [self._piece_logits(x, piece.weight) for piece in table.pieces]
+        return parts[0] if len(parts) == 1 else self._node("Concat", parts, {"axis": -1})
+
+    def _piece_logits(self, x: ir.Value, name: str) -> ir.Value:
         storage = self._storage(name)
         if storage.is_float:
             matrix = self._stored_float([name], self.weights.float(name))

@@ -12,7 +12,7 @@ from medgemma_export.printing import (
     print_decision,
 )
 from medgemma_export.recipe import Recipe
-from medgemma_export.targets import TARGETS, Delegate, Units
+from medgemma_export.targets import TARGETS, Delegate, Units, choose_target
 from medgemma_quantization.budget import Budget, parse_size
 from medgemma_quantization.methods import MethodName
 from medgemma_quantization.scheme import SCHEMES, Scheme, load_scheme
@@ -117,7 +117,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Turn a checkpoint into an artifact that a phone, a tablet or a laptop runs."""
-    wish = _scheme(precision, scheme, target)
+    wish = _scheme(precision, scheme, target, units)
     try:
         recipe = Recipe(
             model=model,
@@ -148,14 +148,15 @@ def export(
     print_artifact(artifact, as_json=as_json)
 
 
-def _scheme(precision: Precision, scheme: str | None, target: TargetName) -> Scheme:
+def _scheme(precision: Precision, scheme: str | None, target: TargetName, units: Units | None) -> Scheme:
     if precision not in SCHEMES:
         raise EdgeError(f"precision {precision!r} is unknown; the precisions are {', '.join(SCHEMES)}")
     if target not in TARGETS:
         raise EdgeError(f"target {target!r} is unknown; the targets are {', '.join(TARGETS)}")
+    chosen = choose_target(target, units=units)
     if scheme is None:
-        return TARGETS[target].scheme(precision)
-    return TARGETS[target].scheme("mobile") if scheme == "mobile" else load_scheme(Path(scheme))
+        return chosen.scheme(precision)
+    return chosen.scheme("mobile") if scheme == "mobile" else load_scheme(Path(scheme))
 
 
 def _budget(size: str | None, max_kl: float | None) -> Budget | None:

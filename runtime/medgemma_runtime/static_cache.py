@@ -15,7 +15,15 @@ from pydantic import ConfigDict, TypeAdapter
 
 from medgemma_runtime.errors import ArtifactError, TextError
 
-__all__ = ["StaticCache", "StaticSizes", "LayerRows", "read_sizes"]
+__all__ = [
+    "StaticCache",
+    "StaticSizes",
+    "LayerRows",
+    "read_sizes",
+    "cut_steps",
+    "step_size",
+    "rotary_tables",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +87,51 @@ def read_sizes(text: str) -> StaticSizes:
         ) from None
 
 
+def cut_steps(blocks: NDArray[np.int64], chunk: int) -> Iterator[slice]:
+    """Cut new tokens into chunks, but never an image: its tokens see each other.
+
+    Args:
+        blocks: [S], the same number for the tokens of one image, -1 for text.
+        chunk: Tokens of a chunk, at most.
+    """
+    starts = np.flatnonzero(np.diff(blocks, prepend=-2) | (blocks < 0))
+    bounds = [*starts.tolist(), len(blocks)]
+    start = 0
+    for bound, following in zip(bounds, [*bounds[1:], None], strict=True):
+        if following is None or following - start > chunk:
+            if bound > start:
+                yield slice(start, bound)
+            start = bound
+
+
+def step_size(sizes: StaticSizes, length: int, count: int) -> int:
+    """Tokens of the function that reads so many more after so many.
+
+    Raises:
+        TextError: If the conversation would become longer than the decoder's caches.
+    """
+    if length + count > sizes.context:
+        raise TextError(
+            f"{length + count} tokens do not fit a decoder for {sizes.context}; "
+            "start a shorter conversation, or export with a longer --context"
+        )
+    if not 0 < count <= sizes.chunk:
+        raise ValueError(f"a chunk has 1 to {sizes.chunk} tokens and not {count}")
+    return 1 if count == 1 else sizes.chunk
+
+
+def rotary_tables(
+    layers: LayerRows, positions: NDArray[np.int64], tokens: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Cosines and sines, [1, 1, tokens, D / 2], in the order of operations of transformers' float32."""
+    width = np.float32(layers.rope_width)
+    pairs = np.arange(0, layers.rope_width, 2, dtype=np.float32) / width
+    frequencies = 1 / np.float32(layers.rope_theta) ** pairs / np.float32(layers.rope_factor)
+    angles = np.zeros((1, 1, tokens, len(pairs)), np.float32)
+    angles[0, 0, : len(positions)] = positions[:, None].astype(np.float32) * frequencies
+    return np.cos(angles), np.sin(angles)
+
+
 class _Rows:
     """Which position each row of one kind of cache holds."""
 
@@ -108,15 +161,6 @@ class _Rows:
             seen &= distance < self.window
         return np.asarray(seen & (self.held >= 0))
 
-    def tables(self, positions: NDArray[np.int64], tokens: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Cosines and sines, [1, 1, tokens, D / 2], in the order of operations of transformers' float32."""
-        width = np.float32(self.layers.rope_width)
-        pairs = np.arange(0, self.layers.rope_width, 2, dtype=np.float32) / width
-        frequencies = 1 / np.float32(self.layers.rope_theta) ** pairs / np.float32(self.layers.rope_factor)
-        angles = np.zeros((1, 1, tokens, len(pairs)), np.float32)
-        angles[0, 0, : len(positions)] = positions[:, None].astype(np.float32) * frequencies
-        return np.cos(angles), np.sin(angles)
-
 
 class StaticCache:
     """Follows a conversation, whose keys and values the decoder itself keeps.
@@ -141,14 +185,7 @@ class StaticCache:
         Args:
             blocks: [S], the same number for the tokens of one image, -1 for text.
         """
-        starts = np.flatnonzero(np.diff(blocks, prepend=-2) | (blocks < 0))
-        bounds = [*starts.tolist(), len(blocks)]
-        start = 0
-        for bound, following in zip(bounds, [*bounds[1:], None], strict=True):
-            if following is None or following - start > self.sizes.chunk:
-                if bound > start:
-                    yield slice(start, bound)
-                start = bound
+        return cut_steps(blocks, self.sizes.chunk)
 
     def step(
         self, embeddings: NDArray[Any], blocks: NDArray[np.int64]
@@ -163,14 +200,7 @@ class StaticCache:
             TextError: If the conversation would become longer than the decoder's caches.
         """
         count = len(embeddings)
-        if self.length + count > self.sizes.context:
-            raise TextError(
-                f"{self.length + count} tokens do not fit a decoder for {self.sizes.context}; "
-                "start a shorter conversation, or export with a longer --context"
-            )
-        if not 0 < count <= self.sizes.chunk:
-            raise ValueError(f"a chunk has 1 to {self.sizes.chunk} tokens and not {count}")
-        tokens = 1 if count == 1 else self.sizes.chunk
+        tokens = step_size(self.sizes, self.length, count)
         positions = np.arange(self.length, self.length + count)
         padded = np.zeros((1, tokens, embeddings.shape[1]), self._dtype)
         with np.errstate(over="ignore"):  # the program says what is too large for it
@@ -182,7 +212,7 @@ class StaticCache:
             start = rows.take(positions, tokens)
             mask = np.full((1, 1, tokens, len(rows.held)), self.sizes.hidden, self._dtype)
             mask[0, 0, :count][rows.seen(positions, blocks, start)] = 0
-            cosines, sines = rows.tables(positions, tokens)
+            cosines, sines = rotary_tables(rows.layers, positions, tokens)
             inputs |= {
                 f"{name}_slot": np.array([start], np.int32),
                 f"{name}_mask": mask,

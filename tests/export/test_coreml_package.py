@@ -58,7 +58,7 @@ def test_the_weight_file_is_what_coremltools_writes(tmp_path):
     reader = _BlobStorageReader(str(tmp_path / "ours" / "weight.bin"))
     found = np.array(reader.read_int4_data(offsets["nibbles"]))
     assert (found.reshape(6, 32) == arrays["nibbles"][1]).all()
-    assert written[ours.data_offset("bytes") :][:130] == arrays["bytes"][1].tobytes()
+    assert written[ours.starts["bytes"] :][:130] == arrays["bytes"][1].tobytes()
 
 
 def write_norm(directory, gain, *, half, scale=1.0):

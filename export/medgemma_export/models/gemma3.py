@@ -11,7 +11,7 @@ from typing import TypeVar
 from medgemma_export.ops import HeadProjection, Heads, Linear, Ops, RmsNorm, Rotary, Table
 from medgemma_runtime.layers import residual_name
 
-__all__ = ["Decoder", "embed_tokens", "decode"]
+__all__ = ["Decoder", "embed_tokens", "decode", "decode_layers", "decode_head", "norm_before"]
 
 T = TypeVar("T")
 
@@ -110,25 +110,61 @@ def decode(
         past: a key and a value [B, kv, P, D] for each layer, P the same in all local and in all global layers
         logits: [B, 1, vocabulary]
     """
+    normed = ops.rms_norm(x, norm_before(decoder, 0))
+    layers = range(len(decoder.windows))
+    x, branch, present = decode_layers(
+        ops, x, normed, positions, blocks, attention_mask, local_start, past, decoder, layers
+    )
+    x, normed = ops.residual_norm(x, branch, norm_before(decoder, layers.stop))
+    ops.named(x, residual_name(layers[-1]))
+    return decode_head(ops, ops.token(normed, -1), decoder), present
+
+
+def decode_layers(
+    ops: Ops[T],
+    x: T,
+    normed: T,
+    positions: T,
+    blocks: T,
+    attention_mask: T,
+    local_start: T,
+    past: Sequence[tuple[T, T]],
+    decoder: Decoder,
+    layers: range,
+) -> tuple[T, T, list[tuple[T, T]]]:
+    """Some of the layers: the residual stream, what is still to be added to it, and the caches to keep.
+
+    The sum is left to the caller, because targets fuse it with the norm that follows.
+
+    Shapes:
+        x, normed: [B, S, H], the residual stream and its norm by `norm_before(decoder, layers.start)`
+        past: one pair for each of these layers, else as in `decode`
+    """
     masks = {
         window: ops.mask(positions, blocks, attention_mask, None if window is None else local_start, window)
-        for window in dict.fromkeys(decoder.windows)
+        for window in dict.fromkeys(decoder.windows[layer] for layer in layers)
     }
     present: list[tuple[T, T]] = []
-    normed = ops.rms_norm(x, decoder.stream_norm("layers.0.input_layernorm"))
-    for layer, window in enumerate(decoder.windows):
+    branch = normed  # of a layer there always is
+    for layer, held in zip(layers, past, strict=True):
         name = f"layers.{layer}"
-        branch, key, value = _attend(ops, normed, positions, masks[window], past[layer], decoder, layer)
+        if layer > layers.start:
+            x, normed = ops.residual_norm(x, branch, norm_before(decoder, layer))
+            x = ops.named(x, residual_name(layer - 1))
+        mask = masks[decoder.windows[layer]]
+        branch, key, value = _attend(ops, normed, positions, mask, held, decoder, layer)
         present.append((key, value))
         branch = ops.rms_norm(branch, decoder.branch_norm(f"{name}.post_attention_layernorm"))
         x, normed = ops.residual_norm(x, branch, decoder.stream_norm(f"{name}.pre_feedforward_layernorm"))
         branch = _feed_forward(ops, normed, decoder, f"{name}.mlp")
         branch = ops.rms_norm(branch, decoder.branch_norm(f"{name}.post_feedforward_layernorm"))
-        is_last = layer == len(decoder.windows) - 1
-        following = "norm" if is_last else f"layers.{layer + 1}.input_layernorm"
-        x, normed = ops.residual_norm(x, branch, decoder.stream_norm(following))
-        x = ops.named(x, residual_name(layer))
-    return _head(ops, ops.token(normed, -1), decoder), present
+    return x, branch, present
+
+
+def norm_before(decoder: Decoder, layer: int) -> RmsNorm:
+    """The norm of the residual stream before a layer, or before the head."""
+    is_head = layer == len(decoder.windows)
+    return decoder.stream_norm("norm" if is_head else f"layers.{layer}.input_layernorm")
 
 
 def _attend(
@@ -158,7 +194,8 @@ def _feed_forward(ops: Ops[T], x: T, decoder: Decoder, name: str) -> T:
     return ops.gated_mlp(x, gate, up, down, "gelu_tanh")
 
 
-def _head(ops: Ops[T], x: T, decoder: Decoder) -> T:
+def decode_head(ops: Ops[T], x: T, decoder: Decoder) -> T:
+    """The normed residual stream of one token, [B, 1, H], to logits [B, 1, vocabulary]."""
     if decoder.head is None:
         return ops.logits(x, decoder.table)
     head = Linear(name=decoder.head, inputs=decoder.width, outputs=decoder.vocabulary, bias=False)

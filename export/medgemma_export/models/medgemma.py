@@ -9,12 +9,20 @@ import ml_dtypes
 import numpy as np
 
 from medgemma_export.checkpoint import Checkpoint
-from medgemma_export.models.gemma3 import Decoder, decode, embed_tokens
+from medgemma_export.models.gemma3 import (
+    Decoder,
+    decode,
+    decode_head,
+    decode_layers,
+    embed_tokens,
+    norm_before,
+)
 from medgemma_export.models.siglip import Encoder, encode_patches
 from medgemma_export.models.spec import Component, ModelSpec, WeightSource, read_json
 from medgemma_export.ops import Heads, Linear, Ops, RmsNorm, Rotary, Table
 from medgemma_runtime.errors import CheckpointError
 from medgemma_runtime.images import from_preprocessor_config
+from medgemma_runtime.layers import residual_name
 from medgemma_runtime.manifest import ImageSpec, PromptSpec, TensorSpec
 
 __all__ = ["load", "load_text_only", "text_decoder", "embed_component", "decoder_component"]
@@ -247,7 +255,67 @@ def decoder_component(decoder: Decoder) -> Component:
             *_caches(decoder, "present"),
         ),
         forward=forward,
+        layers=len(layers),
+        cut=lambda part: _decoder_part(decoder, part) if part else _decoder_head(decoder),
     )
+
+
+def _decoder_part(decoder: Decoder, layers: range) -> Component:
+    """Some layers of the decoder, from the residual stream before them to that after them."""
+
+    def forward(ops: Ops[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        x = inputs["hidden"]
+        x, branch, present = decode_layers(
+            ops,
+            x,
+            ops.rms_norm(x, norm_before(decoder, layers.start)),
+            inputs["position_ids"],
+            inputs["image_blocks"],
+            inputs["attention_mask"],
+            inputs["local_start"],
+            [tuple(inputs[f"past_key_values.{layer}.{kind}"] for kind in _KINDS) for layer in layers],
+            decoder,
+            layers,
+        )
+        kept = {
+            f"present.{layer}.{kind}": cache
+            for layer, pair in zip(layers, present, strict=True)
+            for kind, cache in zip(_KINDS, pair, strict=True)
+        }
+        x = ops.named(ops.residual_add(x, branch), residual_name(layers[-1]))
+        return {"hidden": x, **kept}
+
+    whole = decoder_component(decoder)
+    inputs = tuple(spec for spec in whole.inputs if _is_of(spec, layers) and spec.name != "inputs_embeds")
+    outputs = tuple(spec for spec in whole.outputs if _is_of(spec, layers) and spec.name != "logits")
+    hidden = replace(_embeddings(decoder.width), name="hidden", description="the residual stream")
+    return Component(
+        name=f"decoder_{layers.start}_{layers.stop - 1}",
+        file_stem=f"decoder_{layers.start}_{layers.stop - 1}",
+        inputs=(hidden, *inputs),
+        outputs=(hidden, *outputs),
+        forward=forward,
+    )
+
+
+def _decoder_head(decoder: Decoder) -> Component:
+    """The residual stream of the last token to logits."""
+
+    def forward(ops: Ops[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        normed = ops.rms_norm(inputs["hidden"], norm_before(decoder, len(decoder.windows)))
+        return {"logits": decode_head(ops, normed, decoder)}
+
+    hidden = replace(_embeddings(decoder.width), name="hidden", description="the residual stream")
+    [logits] = [spec for spec in decoder_component(decoder).outputs if spec.name == "logits"]
+    return Component(
+        name="decoder_head", file_stem="decoder_head", inputs=(hidden,), outputs=(logits,), forward=forward
+    )
+
+
+def _is_of(spec: TensorSpec, layers: range) -> bool:
+    """Whether an input or output is of some of the layers, or of all."""
+    _, *place = spec.name.split(".")
+    return not place or int(place[0]) in layers
 
 
 def _caches(decoder: Decoder, time: str) -> Iterable[TensorSpec]:

@@ -1,7 +1,7 @@
 """What a model is to the exporter: its separately exported components and where their weights lie."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -37,6 +37,9 @@ class Component:
         inputs: What it takes.
         outputs: What it gives.
         forward: What it computes.
+        layers: How many layers it is made of, where it can be cut between them.
+        cut: Some of the layers as a component of their own, from the residual stream to the residual stream
+            (`hidden`); the empty range behind the last is what follows them.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Component:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     forward: Forward
+    layers: int = 0
+    cut: "Callable[[range], Component] | None" = None
 
     def weights(self) -> list[WeightSpec]:
         """The weights that `forward` asks for."""

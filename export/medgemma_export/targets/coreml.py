@@ -19,8 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from medgemma_export.models.spec import Component, ModelSpec
+from medgemma_export.targets.coreml_decoder import describe_decoder
+from medgemma_export.targets.coreml_parts import MAX_PROGRAM_BYTES, cut_decoder, stored_bytes
 from medgemma_quantization.plan import PackedWeight, QuantPlan
-from medgemma_quantization.scheme import FLOAT16, FLOAT32, SCHEMES, Activations, Scheme, SchemeName
+from medgemma_quantization.scheme import (
+    FLOAT16,
+    FLOAT32,
+    INT8,
+    INT8_BLOCKS,
+    SCHEMES,
+    Activations,
+    Scheme,
+    SchemeName,
+)
 from medgemma_quantization.weights import QuantizedWeights
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import ComponentEntry
@@ -42,12 +53,6 @@ _MAX_TENSOR_BYTES = (1 << 31) - 1
 _MAX_STATE_BYTES = 1 << 30
 
 
-# Above 1 GB and somewhat more, reports say, a program leaves the Neural Engine without a word; what keeps
-# below 950 MB was seen to stay (Anemll 0.3.5; john-rocky/CoreML-LLM).
-_MAX_ANE_BYTES = 950_000_000
-_ANE_COMPONENTS = ("image", "text")
-
-
 @dataclass(frozen=True)
 class CoremlTarget:
     """See `Target`.
@@ -60,9 +65,14 @@ class CoremlTarget:
     units: Units = "gpu"
 
     def scheme(self, name: SchemeName) -> Scheme:
-        """See `Target`. Core ML rounds weights only; what is not fp32 computes in float16."""
+        """See `Target`. Core ML rounds weights only; what is not fp32 computes in float16.
+
+        Tables that are output heads are multiplied, and the Neural Engine multiplies no blocks.
+        """
         activations: Activations = "float" if name == "fp32" else "float16"
-        return replace(SCHEMES[name], activations=activations)
+        scheme = replace(SCHEMES[name], activations=activations)
+        has_int8_blocks = self.units == "ane" and scheme.table == INT8_BLOCKS
+        return replace(scheme, table=INT8) if has_int8_blocks else scheme
 
     def check(self, model: ModelSpec, plan: QuantPlan) -> None:
         """See `Target`."""
@@ -94,7 +104,7 @@ class CoremlTarget:
             _check_ane(model, plan)
         for component in model.components:
             if component.name == "decoder":
-                _check_context(component, model)
+                _check_decoder(component, model, plan, self.units)
 
     def lower(
         self,
@@ -116,8 +126,11 @@ class CoremlTarget:
         lowering = Lowering(model=model, weights=weights, directory=directory, note=note, units=self.units)
         # The embedding comes last: it points to rows that the decoder's package holds.
         order = sorted(model.components, key=lambda component: component.name == "embed")
-        entries = {component.name: lowering.component(component) for component in order}
-        return {component.name: entries[component.name] for component in model.components}, packed
+        entries: dict[str, ComponentEntry] = {}
+        for component in order:
+            entries |= lowering.component(component)
+        own = [component.name for component in model.components]
+        return {name: entries[name] for name in dict.fromkeys((*own, *entries))}, packed
 
     def integer_linear(self) -> "IntegerLinear":
         """See `Target`."""
@@ -145,36 +158,32 @@ def _check_ane(model: ModelSpec, plan: QuantPlan) -> None:
             "use --units gpu, or another precision"
         )
     for component in model.components:
-        if component.name not in _ANE_COMPONENTS:
-            raise EdgeError(
-                f"component {component.name} has no layout for the Neural Engine, only "
-                f"{' and '.join(_ANE_COMPONENTS)} have; use --units gpu"
-            )
         rows = {weight.name: plan.by_name[weight.name] for weight in component.weights()}
         for row in rows.values():
-            if row.role == "linear" and row.storage.block:
+            is_head = row.role == "table" and component.name == "decoder"
+            if (row.role == "linear" or is_head) and row.storage.block:
                 raise EdgeError(
                     f"{row.name}: the plan asks for {row.storage}, and blocks came out wrong or not at all "
                     "on the Neural Engine; use --precision int8, lut6 or lut4"
                 )
-        size = sum(row.stored_bits for row in rows.values()) // 8
-        if size > _MAX_ANE_BYTES:
+        size = stored_bytes(component, plan)
+        if component.name not in ("decoder", "embed") and size > MAX_PROGRAM_BYTES:
             raise EdgeError(
                 f"component {component.name} takes {size / 1e6:.0f} MB, and the Neural Engine keeps programs "
-                f"below {_MAX_ANE_BYTES / 1e6:.0f} MB; use --precision int8, lut6 or lut4"
+                f"below {MAX_PROGRAM_BYTES / 1e6:.0f} MB; use --precision int8, lut6 or lut4"
             )
 
 
-def _check_context(component: Component, model: ModelSpec) -> None:
-    from medgemma_export.targets.coreml_decoder import describe_decoder
-
+def _check_decoder(component: Component, model: ModelSpec, plan: QuantPlan, units: Units) -> None:
     if model.prompt is None:
         raise EdgeError(
             f"{model.architecture} has a decoder and no prompt spec, which says how long it may be"
         )
-    decoder = describe_decoder(component, model.prompt)
+    decoder = describe_decoder(component, model.prompt, is_host_held=units == "ane")
     if decoder.state_bytes > _MAX_STATE_BYTES:
         raise EdgeError(
             f"Core ML's caches have a fixed size, and {decoder.context} tokens take "
             f"{decoder.state_bytes / 1e9:.1f} GB; name a shorter --context, such as 4096"
         )
+    if units == "ane":
+        cut_decoder(component, decoder, plan)

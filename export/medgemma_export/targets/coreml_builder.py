@@ -1,8 +1,9 @@
 """Adds operators to a Core ML function, and writes each weight to its file when an operator asks for it."""
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,23 @@ from medgemma_quantization.plan import PackedWeight, PlanRow
 from medgemma_quantization.scheme import FLOAT16, FLOAT32
 from medgemma_quantization.weights import QuantizedWeights
 
-__all__ = ["MilBuilder", "identifier", "gain_array", "SCALES"]
+__all__ = ["MilBuilder", "identifier", "gain_array", "SCALES", "PIECE"]
 
 SCALES = ".scales"
 """After the name of a weight: its scales, or its palettes, in the weight file."""
+
+PIECE = "piece"
+"""After the name of a weight, with a number: some of its rows."""
 
 
 def identifier(name: str) -> str:
     """A weight's name as MIL can spell it."""
     return re.sub(r"\W", "_", name)
+
+
+def row_kind(row: PlanRow) -> str:
+    """The type that a weight file gives the integers of a weight."""
+    return f"{'uint' if row.storage.palette else 'int'}{row.storage.bits}"
 
 
 def gain_array(stored: NDArray[np.float32], weight: RmsNorm, *, half: bool) -> NDArray[Any]:
@@ -61,8 +70,10 @@ class MilBuilder:
 
     def output(self, x: Var, name: str) -> Var:
         """A result as float32, under the name that is declared."""
-        if self.half:
-            return mb.cast(x=x, dtype="fp32", name=name)
+        return mb.cast(x=x, dtype="fp32", name=name) if self.half else self.result(x, name)
+
+    def result(self, x: Var, name: str) -> Var:
+        """A result as it is, under the name that is declared."""
         return mb.identity(x=x, name=name)
 
     def op(self, operator: str, **arguments: Any) -> Any:
@@ -89,17 +100,76 @@ class MilBuilder:
                 floats = self._cast(self.weights.float(name))
                 self._constants[name] = self._constant(name, self._kind, floats.reshape(*floats.shape, *more))
             else:
-                self._constants[name] = self._integers(row, more)
+                scales = self._cast(self.weights.scales(name))
+                self._constants[name] = self._integers(row, self.weights.stored_values(name), scales, more)
         return self._constants[name]
+
+    def kernels(self, name: str, rows: int) -> list[Var]:
+        """A matrix as the kernels of several convolutions, of so many outputs each but the last.
+
+        Its values lie in the file once and in order, as a host that looks rows up wants them.
+        """
+        row = self.weights.plan.by_name[name]
+        self.note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
+        starts = range(0, row.stored_shape[0], rows)
+        keys = [f"{name}.{PIECE}{index}" for index in range(len(starts))]
+        if row.storage.is_float:
+            floats = self._cast(self.weights.float(name))
+            self.file.add_pieces(name, self._kind, floats, dict(zip(keys, starts, strict=True)))
+            return [
+                self._constant(key, self._kind, floats[start : start + rows, :, None, None])
+                for key, start in zip(keys, starts, strict=True)
+            ]
+        values, scales = self.weights.stored_values(name), self._cast(self.weights.scales(name))
+        shared = row.storage.palette or 1
+        first = {f"{key}{SCALES}": start // shared for key, start in zip(keys, starts, strict=True)}
+        self.file.add_pieces(name, row_kind(row), values, dict(zip(keys, starts, strict=True)))
+        self.file.add_pieces(f"{name}{SCALES}", self._kind, scales, first)
+        return [
+            self._integers(
+                replace(row, name=key, stored_shape=(len(values[start : start + rows]), row.stored_shape[1])),
+                values[start : start + rows],
+                scales[start // shared : (start + rows) // shared],
+                (1, 1),
+            )
+            for key, start in zip(keys, starts, strict=True)
+        ]
 
     def floats(self, name: str) -> Var:
         """A weight that every plan keeps in floats."""
         return self._noted(name, self._cast(self.weights.float(name)))
 
-    def gain(self, weight: RmsNorm) -> Var:
-        """What an RMS norm multiplies by."""
+    def rms_norm(self, x: Var, weight: RmsNorm, *, axis: int) -> Var:
+        """Normalize an axis to unit root mean square, then scale.
+
+        x / sqrt(mean(x^2) + eps) = (x / m) / sqrt(mean((x / m)^2) + (sqrt(eps) / m)^2) for every m. With m
+        the largest magnitude, or sqrt(eps) where that is larger, nothing that is squared exceeds 1, and the
+        sum of squares is at least 1 / width or the root is of eps itself.
+        """
+        root = self.number(math.sqrt(weight.eps))
+        peak = self.op("reduce_max", x=self.op("abs", x=x), axes=[axis], keep_dims=True)
+        peak = self.op("maximum", x=peak, y=root)
+        small = self.op("real_div", x=x, y=peak)
+        mean = self.op("reduce_mean", x=self.op("square", x=small), axes=[axis], keep_dims=True)
+        eps = self.op("square", x=self.op("real_div", x=root, y=peak))
+        inverse = self.op("rsqrt", x=self.op("add", x=mean, y=eps), epsilon=self.number(0))
+        unit = self.op("mul", x=small, y=inverse)
+        return self.op("mul", x=unit, y=self._gain(weight, (1,) * (-1 - axis)))
+
+    def rotate(self, x: Var, cosine: Var, sine: Var, *, axis: int) -> Var:
+        """Turn the pairs that the halves of an axis make by the angles of a rotary embedding."""
+        first, second = self.op("split", x=x, num_splits=2, axis=axis)
+        turned = [
+            self.op("sub", x=self.op("mul", x=first, y=cosine), y=self.op("mul", x=second, y=sine)),
+            self.op("add", x=self.op("mul", x=second, y=cosine), y=self.op("mul", x=first, y=sine)),
+        ]
+        return self.op("concat", values=turned, axis=axis)
+
+    def _gain(self, weight: RmsNorm, more: tuple[int, ...]) -> Var:
+        """What an RMS norm multiplies by, with axes of size 1 behind its own."""
         name = f"{weight.name}.weight"
-        return self._noted(name, gain_array(self.weights.float(name), weight, half=self.half))
+        gain = gain_array(self.weights.float(name), weight, half=self.half)
+        return self._noted(name, gain, more)
 
     def zeros(self, size: int) -> Var:
         """The bias of linears without one, which the operator needs all the same."""
@@ -108,11 +178,11 @@ class MilBuilder:
             self._constants[name] = self._constant(name, self._kind, self._cast(np.zeros(size, np.float32)))
         return self._constants[name]
 
-    def _integers(self, row: PlanRow, more: tuple[int, ...]) -> Var:
-        values, scales = self.weights.stored_values(row.name), self._cast(self.weights.scales(row.name))
-        kind = f"{'uint' if row.storage.palette else 'int'}{row.storage.bits}"
+    def _integers(
+        self, row: PlanRow, values: NDArray[Any], scales: NDArray[Any], more: tuple[int, ...]
+    ) -> Var:
         shape = (*row.stored_shape, *more)
-        stored = self._constant(row.name, kind, values, shape=shape, suffix=".values")
+        stored = self._constant(row.name, row_kind(row), values, shape=shape, suffix=".values")
         if row.storage.palette:  # one for some outputs and all inputs, of single values
             scales = scales.reshape(len(scales), 1, *more, scales.shape[1], 1)
             palettes = self._constant(f"{row.name}{SCALES}", self._kind, scales)
@@ -120,11 +190,11 @@ class MilBuilder:
         scale = self._constant(f"{row.name}{SCALES}", self._kind, scales.reshape(*scales.shape, *more))
         return mb.constexpr_blockwise_shift_scale(data=stored, scale=scale, name=identifier(row.name))
 
-    def _noted(self, name: str, array: NDArray[Any]) -> Var:
+    def _noted(self, name: str, array: NDArray[Any], more: tuple[int, ...] = ()) -> Var:
         if name not in self._constants:
             storage = FLOAT16 if self.half else FLOAT32
             self.note(PackedWeight(name=name, storage=storage, shape=array.shape))
-            self._constants[name] = self._constant(name, self._kind, array)
+            self._constants[name] = self._constant(name, self._kind, array.reshape(*array.shape, *more))
         return self._constants[name]
 
     def _constant(

@@ -10,7 +10,6 @@ which row holds a position that a token sees, so rows may be taken in any order:
   lies outside the window by then.
 """
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +44,8 @@ class StaticDecoder:
         width: H.
         local_rotary: Of layers with a window.
         global_rotary: Of the others.
+        is_host_held: Whether a host holds the caches, and not the functions. It writes a position to a row
+            of its own choice after the call, so a ring is as long as the window.
     """
 
     chunk: int
@@ -56,12 +57,14 @@ class StaticDecoder:
     width: int
     local_rotary: Rotary | None
     global_rotary: Rotary | None
+    is_host_held: bool = False
 
     def rows(self, *, is_local: bool) -> int:
         """Positions that a cache has room for."""
-        rows = self.context + self.chunk
+        beyond = 0 if self.is_host_held else self.chunk
+        rows = self.context + beyond
         if is_local and self.window is not None:
-            rows = min(rows, self.window + 2 * self.chunk)
+            rows = min(rows, max(self.window, self.chunk) + 2 * beyond)
         return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
     @property
@@ -78,8 +81,8 @@ class StaticDecoder:
         """Memory that one conversation takes."""
         return sum(2 * int(np.prod(self.state_shape(is_local=kind))) for kind in self.kinds)
 
-    def to_json(self) -> str:
-        """What a host needs to make the inputs, for the package's metadata."""
+    def facts(self) -> dict[str, Any]:
+        """What a host needs to make the inputs."""
         facts: dict[str, Any] = {
             "chunk": self.chunk,
             "context": self.context,
@@ -94,7 +97,7 @@ class StaticDecoder:
                 "rope_factor": rotary.factor,
                 "rope_width": rotary.width,
             }
-        return json.dumps(facts)
+        return facts
 
     def rotary(self, *, is_local: bool) -> Rotary:
         """The rotary embedding of a kind of layer that there is."""
@@ -196,7 +199,9 @@ class _Survey(PlanOps):
         return super().project_heads(x, weights, positions, rotary, heads)
 
 
-def describe_decoder(component: Component, prompt: PromptSpec) -> StaticDecoder:
+def describe_decoder(
+    component: Component, prompt: PromptSpec, *, is_host_held: bool = False
+) -> StaticDecoder:
     """The fixed sizes that a decoder gets."""
     survey = _Survey()
     component.forward(survey, dict.fromkeys((spec.name for spec in component.inputs), None))
@@ -214,6 +219,7 @@ def describe_decoder(component: Component, prompt: PromptSpec) -> StaticDecoder:
         width=int(embeddings.shape[2]),
         local_rotary=rotaries.get(True),
         global_rotary=rotaries.get(False),
+        is_host_held=is_host_held,
     )
 
 

@@ -1,7 +1,9 @@
 """Builds the functions of a Core ML package and writes it."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,7 @@ from medgemma_export.targets.coreml_mil import (
 )
 from medgemma_export.targets.coreml_ops import Cache, CacheSlot, MilOps, StepInputs
 from medgemma_export.targets.coreml_package import WEIGHTS_PATH, WeightFile, write_package
+from medgemma_export.targets.coreml_parts import DecoderPart, cut_decoder
 from medgemma_export.targets.coreml_rows import RowPlaces, describe_embedding, write_rows
 from medgemma_export.targets.coreml_unpack import compare_storage
 from medgemma_quantization.plan import PackedWeight
@@ -35,6 +38,9 @@ __all__ = ["Lowering", "DIRECTORY"]
 
 DIRECTORY = "coreml"
 """Of the packages in an artifact."""
+
+Build = Callable[[Program, WeightFile], dict[str, FunctionFeatures]]
+"""Adds functions to a program, their weights to a file, and says what they take and give."""
 
 _MIL_TYPES = {"float16": types.fp16, "float32": types.fp32, "int32": types.int32, "image": types.fp32}
 
@@ -58,30 +64,39 @@ class Lowering:
     units: Units
     _rows: dict[str, RowPlaces] = field(default_factory=dict)
 
-    def component(self, component: Component) -> ComponentEntry:
-        """Write a component, and say what goes in and comes out."""
+    def component(self, component: Component) -> dict[str, ComponentEntry]:
+        """Write a component; what goes in and comes out, of it and of the parts that it is cut to."""
         (self.directory / DIRECTORY).mkdir(exist_ok=True)
         if component.name == "embed":
-            return self._embedding(component)
+            return {component.name: self._embedding(component)}
+        if component.name == "decoder" and self.model.prompt is not None:
+            if self.units == "ane":
+                decoder = describe_decoder(component, self.model.prompt, is_host_held=True)
+                return self._chain(component, decoder)
+            decoder = describe_decoder(component, self.model.prompt)
+            functions = self._package(
+                component,
+                lambda program, file: self._decoder_functions(component, decoder, program, file),
+                {"decoder": json.dumps(decoder.facts())},
+            )
+            inputs = decoder.specs(self._kind)
+            outputs: Sequence[TensorSpec] = [_like(functions["decode"].outputs[0])]
+        else:
+            functions = self._package(
+                component, lambda program, file: self._encoder_function(component, program, file), {}
+            )
+            [features] = functions.values()
+            inputs = tuple(_static(spec, component, features) for spec in component.inputs)
+            outputs = [_static(spec, component, features) for spec in component.outputs]
+        return {component.name: _entry(component, inputs, outputs)}
+
+    def _package(
+        self, component: Component, build: Build, facts: Mapping[str, str]
+    ) -> dict[str, FunctionFeatures]:
+        """Write a package: the functions as `build` makes them, and what it says of itself."""
         program, package = Program(), self.directory / DIRECTORY / f"{component.name}.mlpackage"
-        facts = {
-            "architecture": self.model.architecture,
-            "component": component.name,
-            "units": self.units,
-            "com.github.apple.coremltools.version": COREMLTOOLS_VERSION,
-        }
         with WeightFile(package / WEIGHTS_PATH) as file:
-            if component.name == "decoder" and self.model.prompt is not None:
-                decoder = describe_decoder(component, self.model.prompt)
-                functions = self._decoder_functions(component, decoder, program, file)
-                facts["decoder"] = decoder.to_json()
-                inputs = decoder.specs(self._kind)
-                outputs: Sequence[TensorSpec] = [_like(functions["decode"].outputs[0])]
-            else:
-                functions = self._encoder_function(component, program, file)
-                [features] = functions.values()
-                inputs = tuple(_static(spec, component, features) for spec in component.inputs)
-                outputs = [_static(spec, component, features) for spec in component.outputs]
+            functions = build(program, file)
         write_package(
             package,
             program,
@@ -90,13 +105,45 @@ class Lowering:
             summary=f"{self.model.architecture}, {component.name}. {self.model.intended_use}",
             licence=self.model.licence,
             version=version("medgemma-edge"),
-            facts=facts | {"plan_sha256": self.weights.plan.sha256},
+            facts={
+                "architecture": self.model.architecture,
+                "component": component.name,
+                "units": self.units,
+                "com.github.apple.coremltools.version": COREMLTOOLS_VERSION,
+                **facts,
+                "plan_sha256": self.weights.plan.sha256,
+            },
         )
         compare_storage(package, component, self.weights.plan)
         self._remember_rows(package, file)
-        return ComponentEntry(
-            program=f"{DIRECTORY}/{package.name}", inputs=tuple(inputs), outputs=tuple(outputs)
-        )
+        return functions
+
+    def _chain(self, component: Component, decoder: StaticDecoder) -> dict[str, ComponentEntry]:
+        """The decoder's parts, and the file that says in which order they run."""
+        *parts, head = cut_decoder(component, decoder, self.weights.plan)
+        entries = {}
+        for part in parts:
+            self._package(part.component, partial(self._part_functions, part), {})
+            entries[part.component.name] = _entry(part.component, *part.specs())
+        [features] = self._package(head.component, partial(self._head_function, head), {}).values()
+        inputs, outputs = ([_like(each) for each in group] for group in (features.inputs, features.outputs))
+        entries[head.component.name] = _entry(head.component, inputs, outputs)
+        facts = {
+            "sizes": decoder.facts(),
+            "layers": [prefix(is_local=kind) for kind in decoder.layers],
+            "parts": [part.component.name for part in parts],
+            "head": head.component.name,
+        }
+        path = self.directory / DIRECTORY / f"{component.name}.json"
+        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return {
+            component.name: ComponentEntry(
+                program=f"{DIRECTORY}/{path.name}",
+                inputs=tuple(_fixed(spec, {"batch": 1}) for spec in (component.inputs[0],)),
+                outputs=tuple(_fixed(spec, {"batch": 1}) for spec in (component.outputs[0],)),
+            ),
+            **entries,
+        }
 
     @property
     def _half(self) -> bool:
@@ -117,8 +164,7 @@ class Lowering:
         function = new_function({feature.name: _placeholder(feature) for feature in inputs})
         with function:
             mil = self._builder(file)
-            # Encoders ask for a part of the operations, and channels first have that part alone.
-            ops: Any = ChannelOps(mil=mil) if self.units == "ane" else MilOps(mil=mil)
+            ops = ChannelOps(mil=mil) if self.units == "ane" else MilOps(mil=mil)
             given = dict(function.inputs)
             for feature in inputs:
                 if feature.kind == "image":
@@ -171,16 +217,53 @@ class Lowering:
         program.export_as_multifunction = True
         return functions
 
+    def _part_functions(
+        self, part: DecoderPart, program: Program, file: WeightFile
+    ) -> dict[str, FunctionFeatures]:
+        """`prefill` and `decode` over some layers; caches come in, new keys and values go out."""
+        functions = {}
+        for name, tokens in (("prefill", part.decoder.chunk), ("decode", 1)):
+            features = FunctionFeatures(inputs=part.inputs(tokens), outputs=part.outputs(tokens))
+            function = new_function({feature.name: _placeholder(feature) for feature in features.inputs})
+            with function:
+                mil = self._builder(file)
+                results = _run_part(part, ChannelOps(mil=mil), function.inputs)
+                outputs = [mil.result(results[item.name], item.name) for item in features.outputs]
+                function.set_outputs(outputs)
+            program.add_function(name, function)
+            functions[name] = features
+        program.default_function_name = "decode"
+        program.export_as_multifunction = True
+        return functions
+
+    def _head_function(
+        self, part: DecoderPart, program: Program, file: WeightFile
+    ) -> dict[str, FunctionFeatures]:
+        """One function from the stream of a token to its logits, in pieces of the vocabulary."""
+        given = part.inputs(1)
+        function = new_function({feature.name: _placeholder(feature) for feature in given})
+        with function:
+            ops = ChannelOps(mil=self._builder(file))
+            pieces = part.component.forward(ops, dict(function.inputs))["logits"]
+            pieces = pieces if isinstance(pieces, tuple) else (pieces,)
+            results = [ops.output(piece, f"logits_{index}") for index, piece in enumerate(pieces)]
+            function.set_outputs(results)
+        program.add_function("main", function)
+        outputs = [
+            Feature(name=each.name, kind="float32", shape=tuple(each.shape), description="after the token")
+            for each in results
+        ]
+        return {"main": FunctionFeatures(inputs=given, outputs=outputs)}
+
     def _remember_rows(self, package: Path, file: WeightFile) -> None:
         """Where tables lie that a package holds as its output head."""
         path = (package / WEIGHTS_PATH).relative_to(self.directory).as_posix()
         for row in self.weights.plan.rows:
-            if row.role == "table" and row.name in file.offsets:
-                scales = f"{row.name}{SCALES}"
+            if row.role == "table" and row.name in file.starts:
                 self._rows[row.name] = RowPlaces(
                     path=path,
-                    values=file.data_offset(row.name),
-                    scales=file.data_offset(scales) if scales in file.offsets else None,
+                    values=file.starts[row.name],
+                    scales=file.starts.get(f"{row.name}{SCALES}"),
                 )
 
     def _embedding(self, component: Component) -> ComponentEntry:
@@ -216,6 +299,32 @@ def _decode(component: Component, decoder: StaticDecoder, ops: MilOps, given: di
     return component.forward(ops, inputs)["logits"]
 
 
+def _run_part(part: DecoderPart, ops: ChannelOps, given: dict[str, Var]) -> dict[str, Var]:
+    """A part's own computation, with inputs for caches, masks and rotary tables."""
+    rotary, masks = {}, {}
+    for is_local in part.kinds:
+        stem = prefix(is_local=is_local)
+        rotary[part.decoder.rotary(is_local=is_local)] = (given[f"{stem}_cos"], given[f"{stem}_sin"])
+        masks[is_local] = given[f"{stem}_mask"]
+    ops.step = StepInputs(rotary=rotary, masks=masks, last=None)
+    inputs: dict[str, Any] = dict.fromkeys((spec.name for spec in part.component.inputs), None)
+    inputs["hidden"] = given["hidden"]
+    caches = [(layer, kind) for layer in part.layers for kind in ("key", "value")]
+    for layer, kind in caches:
+        inputs[f"past_key_values.{layer}.{kind}"] = given[f"{kind}_cache_{layer}"]
+    results = part.component.forward(ops, inputs)
+    new = {f"{kind}_{layer}": results[f"present.{layer}.{kind}"] for layer, kind in caches}
+    return {"next_hidden": results["hidden"], **new}
+
+
+def _entry(
+    component: Component, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> ComponentEntry:
+    return ComponentEntry(
+        program=f"{DIRECTORY}/{component.name}.mlpackage", inputs=tuple(inputs), outputs=tuple(outputs)
+    )
+
+
 def _encoder_input(spec: TensorSpec) -> Feature:
     shape = tuple(1 if isinstance(dim, str) else dim for dim in spec.shape)
     if spec.name == "pixel_values":
@@ -241,5 +350,8 @@ def _fixed(spec: TensorSpec, sizes: dict[str, int]) -> TensorSpec:
 
 def _like(feature: Feature) -> TensorSpec:
     return TensorSpec(
-        name=feature.name, dtype="float32", shape=feature.shape, description=feature.description
+        name=feature.name,
+        dtype=feature.kind,  # type: ignore[arg-type]
+        shape=feature.shape,
+        description=feature.description,
     )

@@ -7,7 +7,6 @@ queries are scaled before they meet keys, and indices stay int32.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -187,21 +186,8 @@ class MilOps:
         raise NotImplementedError("a decoder's embeddings are put together outside Core ML")
 
     def rms_norm(self, x: Var, weight: RmsNorm) -> Var:
-        """See `Ops`.
-
-        x / sqrt(mean(x^2) + eps) = (x / m) / sqrt(mean((x / m)^2) + (sqrt(eps) / m)^2) for every m. With m
-        the largest magnitude, or sqrt(eps) where that is larger, nothing that is squared exceeds 1, and the
-        sum of squares is at least 1 / width or the root is of eps itself.
-        """
-        root = self.mil.number(math.sqrt(weight.eps))
-        peak = self.mil.op("reduce_max", x=self.mil.op("abs", x=x), axes=[-1], keep_dims=True)
-        peak = self.mil.op("maximum", x=peak, y=root)
-        small = self.mil.op("real_div", x=x, y=peak)
-        mean = self.mil.op("reduce_mean", x=self.mil.op("square", x=small), axes=[-1], keep_dims=True)
-        eps = self.mil.op("square", x=self.mil.op("real_div", x=root, y=peak))
-        inverse = self.mil.op("rsqrt", x=self.mil.op("add", x=mean, y=eps), epsilon=self.mil.number(0))
-        unit = self.mil.op("mul", x=small, y=inverse)
-        return self.mil.op("mul", x=unit, y=self.mil.gain(weight))
+        """See `Ops`."""
+        return self.mil.rms_norm(x, weight, axis=-1)
 
     def residual_norm(self, x: Var, branch: Var, weight: RmsNorm) -> tuple[Var, Var]:
         """See `Ops`."""
@@ -304,13 +290,7 @@ class MilOps:
 
     def _rotate(self, x: Var, rotary: Rotary) -> Var:
         cosine, sine = self._given().rotary[rotary]
-        first, second = self.mil.op("split", x=x, num_splits=2, axis=-1)
-        mul = partial(self.mil.op, "mul")
-        turned = [
-            self.mil.op("sub", x=mul(x=first, y=cosine), y=mul(x=second, y=sine)),
-            self.mil.op("add", x=mul(x=second, y=cosine), y=mul(x=first, y=sine)),
-        ]
-        return self.mil.op("concat", values=turned, axis=-1)
+        return self.mil.rotate(x, cosine, sine, axis=-1)
 
     def _given(self) -> StepInputs:
         if self.step is None:

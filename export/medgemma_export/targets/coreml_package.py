@@ -50,11 +50,13 @@ class WeightFile:
 
     Attributes:
         offsets: For each tensor the place of its record, by which a program refers to it.
+        starts: Where the values of each tensor begin.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True)
         self.offsets: dict[str, int] = {}
+        self.starts: dict[str, int] = {}
         self._file: IO[bytes] = path.open("wb")
         self._file.write(_HEADER.pack(0, _VERSION))
 
@@ -75,18 +77,34 @@ class WeightFile:
                 the first in the lowest bits.
             array: Its values.
         """
-        if name in self.offsets:
-            return
+        if name not in self.offsets:
+            self.add_pieces(name, kind, array, {name: 0})
+
+    def add_pieces(self, name: str, kind: str, array: NDArray[Any], pieces: Mapping[str, int]) -> None:
+        """Append a tensor that a program knows as several: their records, and then the values once.
+
+        Args:
+            name: By which `starts` knows the whole.
+            kind: As `add` takes it.
+            array: Its values.
+            pieces: What the program calls each, and its first row; it ends where the next begins.
+
+        Raises:
+            ValueError: If a piece does not begin where the format lets one begin.
+        """
         self._align()
         offset = self._file.tell()
-        start = offset + _RECORD.size
-        self._file.write(_RECORD.pack(_SENTINEL, _BLOB_TYPES[kind], array.nbytes, start, 0))
+        values = offset + len(pieces) * _RECORD.size
+        ends = [*list(pieces.values())[1:], len(array)]
+        row_bytes = array.nbytes // len(array)
+        for (piece, first), end in zip(pieces.items(), ends, strict=True):
+            if first * row_bytes % _ALIGNMENT:
+                raise ValueError(f"{piece} begins at byte {first * row_bytes}, no multiple of {_ALIGNMENT}")
+            size, start = (end - first) * row_bytes, values + first * row_bytes
+            self.offsets[piece] = self._file.tell()
+            self._file.write(_RECORD.pack(_SENTINEL, _BLOB_TYPES[kind], size, start, 0))
         array.tofile(self._file)
-        self.offsets[name] = offset
-
-    def data_offset(self, name: str) -> int:
-        """Where the values of a tensor begin in the file."""
-        return self.offsets[name] + _RECORD.size
+        self.starts[name] = values
 
     def _align(self) -> None:
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))

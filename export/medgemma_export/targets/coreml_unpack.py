@@ -1,7 +1,8 @@
 """Reads the weights back from a finished Core ML package, to compare them with what a plan says they are."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from numpy.typing import NDArray
 from medgemma_export.models.spec import Component
 from medgemma_export.ops import RmsNorm
 from medgemma_export.plan_ops import PlanOps
-from medgemma_export.targets.coreml_builder import gain_array, identifier
+from medgemma_export.targets.coreml_builder import PIECE, gain_array, identifier
 from medgemma_quantization.affine import unpack_integers
 from medgemma_quantization.plan import QuantPlan
 from medgemma_quantization.weights import QuantizedWeights
-from medgemma_runtime.backends.mil import MilProgram, contents
+from medgemma_runtime.backends.mil import MilProgram, Weight, contents
 from medgemma_runtime.errors import ArtifactError, EdgeError
 
 __all__ = ["compare_package", "compare_rows", "compare_storage"]
+
+_PIECE = re.compile(rf"_{PIECE}\d+$")
 
 
 @dataclass
@@ -47,7 +50,7 @@ def compare_storage(package: Path, component: Component, plan: QuantPlan) -> Non
     rows = {identifier(weight.name): plan.by_name[weight.name] for weight in survey.weights}
     program = MilProgram.open(package)
     for name, function in program.functions.items():
-        found = {weight.name: weight for weight in contents(function).weights}
+        found = _joined(contents(function).weights)
         for key, row in rows.items():
             # A block as wide as the matrix is a scale for each channel: no file tells them apart.
             is_whole = len(row.stored_shape) > 1 and row.storage.block == row.stored_shape[1]
@@ -55,8 +58,9 @@ def compare_storage(package: Path, component: Component, plan: QuantPlan) -> Non
             stored = "nothing"
             if key in found:
                 shape = found[key].shape
-                is_kernel = shape == (*row.stored_shape, 1, 1)  # of a convolution in a matrix's place
-                stored = f"{found[key].storage} {shape[:2] if is_kernel else shape}"
+                rank = len(row.stored_shape)
+                # Axes of size 1 behind its own: the kernel of a convolution in a matrix's place, channels.
+                stored = f"{found[key].storage} {shape[:rank] if set(shape[rank:]) <= {1} else shape}"
             if stored != f"{wanted} {row.stored_shape}":
                 raise RuntimeError(
                     f"{package.name}, function {name}, holds {stored} for {row.name} and the plan says "
@@ -65,6 +69,21 @@ def compare_storage(package: Path, component: Component, plan: QuantPlan) -> Non
         for key in found.keys() - rows.keys():
             if len(found[key].shape) > 1:
                 raise RuntimeError(f"{package.name}, function {name}, holds {key}, which no plan knows")
+
+
+def _joined(weights: Iterable[Weight]) -> dict[str, Weight]:
+    """The weights of a function by name, those that are in pieces as one; pieces that differ stay apart."""
+    joined: dict[str, Weight] = {}
+    for weight in weights:
+        name = _PIECE.sub("", weight.name)
+        before = joined.get(name)
+        if before is None or before.storage != weight.storage or before.shape[1:] != weight.shape[1:]:
+            joined[name if before is None else weight.name] = replace(weight, name=name)
+        else:
+            rows = before.shape[0] + weight.shape[0]
+            size_bytes = before.size_bytes + weight.size_bytes
+            joined[name] = replace(before, shape=(rows, *before.shape[1:]), size_bytes=size_bytes)
+    return joined
 
 
 def compare_package(package: Path, component: Component, weights: QuantizedWeights) -> None:
@@ -85,10 +104,7 @@ def compare_package(package: Path, component: Component, weights: QuantizedWeigh
     program = MilProgram.open(package)
     for function in program.functions:
         for name in dict.fromkeys(weight.name for weight in survey.weights):
-            try:
-                stored = program.stored(function, identifier(name))
-            except EdgeError:
-                stored = {}
+            stored = _stored(program, function, identifier(name))
             if not all(_same(name, stored, survey.norms.get(name), weights)):
                 raise ArtifactError(
                     f"{package.name}, function {function}, does not carry {name} as the plan and the "
@@ -150,8 +166,21 @@ def _same(
         yield _equal(stored[part], array)
 
 
+def _stored(program: MilProgram, function: str, name: str) -> dict[str, NDArray[Any]]:
+    """What a package stores of a weight, its pieces put together; nothing if it has no such weight."""
+    constants = program.functions[function].constants
+    pieces = [key for key in constants if _PIECE.sub("", key) == name]  # in the order of the program
+    try:
+        parts = [program.stored(function, piece) for piece in pieces]
+    except EdgeError:
+        return {}
+    if len({tuple(part) for part in parts}) != 1:
+        return {}
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
 def _equal(found: NDArray[Any], expected: NDArray[Any]) -> bool:
-    """Whether an array is another, as it is or as the kernel of a convolution in a matrix's place."""
-    kernel = (*expected.shape[:2], 1, 1, *expected.shape[2:])
-    shapes = (expected.shape, kernel) if expected.ndim > 1 else (expected.shape,)
+    """Whether an array is another, as it is, or with axes of size 1 behind the first or the second."""
+    more = [(first, count) for first in (1, 2) for count in (0, 1, 2)]
+    shapes = [(*expected.shape[:first], *(1,) * count, *expected.shape[first:]) for first, count in more]
     return found.shape in shapes and bool(np.array_equal(found.reshape(expected.shape), expected))

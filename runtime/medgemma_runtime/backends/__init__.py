@@ -63,8 +63,9 @@ def open_coreml(
         EdgeError: If `threads` are given.
     """
     from medgemma_runtime.backends.embedding_rows import EmbeddingRows
+    from medgemma_runtime.backends.host_decoder import HostDecoder
     from medgemma_runtime.backends.mil_session import MilSession
-    from medgemma_runtime.backends.static_decoder import SIZES, StaticDecoderSession
+    from medgemma_runtime.backends.static_decoder import SIZES, StatefulDecoder, StaticDecoderSession
 
     if threads is not None:
         raise EdgeError(
@@ -72,6 +73,10 @@ def open_coreml(
             "and set OPENBLAS_NUM_THREADS instead"
         )
     if PurePosixPath(artifact.component(component).program).suffix == ".json":
-        return EmbeddingRows(artifact, component)
+        if component == "embed":
+            return EmbeddingRows(artifact, component)
+        return StaticDecoderSession(HostDecoder(artifact, component, mode=arithmetic, observe=observe))
     session = MilSession(artifact, component, mode=arithmetic, observe=observe)
-    return StaticDecoderSession(session) if SIZES in session.program.metadata else session
+    if SIZES in session.program.metadata:
+        return StaticDecoderSession(StatefulDecoder(session))
+    return session

@@ -1,8 +1,7 @@
 """A decoder of fixed sizes behind the interface of every other decoder: any number of tokens at a time."""
 
-import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from medgemma_runtime.manifest import ComponentEntry, TensorSpec
 from medgemma_runtime.session import check_inputs
 from medgemma_runtime.static_cache import StaticCache, read_sizes
 
-__all__ = ["StaticDecoderSession", "SIZES"]
+__all__ = ["StaticDecoderSession", "StaticDecoder", "StatefulDecoder", "Conversation", "SIZES"]
 
 SIZES = "decoder"
 """Under which key of its metadata a program says how it is fed, see `StaticSizes`."""
@@ -22,35 +21,65 @@ SIZES = "decoder"
 _FUNCTIONS = ("prefill", "decode")
 
 
-class StaticDecoderSession:
-    """Feeds a program of fixed sizes: cuts tokens into its chunks, and makes its masks, tables and rows.
-
-    Args:
-        session: The program, whose metadata holds `SIZES`.
+class Conversation(Protocol):
+    """What a decoder has read so far.
 
     Attributes:
-        entry: What a caller gives and gets: embeddings, positions and image blocks, and the logits after the
-            last token. Position 0 begins another conversation.
-        load_seconds: Time that opening the program took.
+        length: Positions.
+    """
 
-    Raises:
-        ArtifactError: If the program lacks a function, its functions do not share their states, or it does
-            not say how it is fed.
+    length: int
+
+    def steps(self, blocks: NDArray[np.int64]) -> Iterator[slice]:
+        """Cut new tokens, of which [S] blocks say which belong to one image, as `read` takes them."""
+        ...
+
+    def read(self, embeddings: NDArray[Any], blocks: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Append [S, H] embeddings; the outputs after the last."""
+        ...
+
+
+class StaticDecoder(Protocol):
+    """Programs of fixed sizes that are a decoder.
+
+    Attributes:
+        entry: The decoder as the manifest has it; `inputs_embeds` and `logits` are what this uses of it.
+        load_seconds: Time that opening took.
     """
 
     entry: ComponentEntry
     load_seconds: float
 
-    def __init__(self, session: MilSession) -> None:
-        started = time.perf_counter()
-        _check_functions(session.program)
-        self._session = session
-        self._sizes = read_sizes(session.program.metadata.get(SIZES, ""))
-        [embeddings] = [spec for spec in session.entry.inputs if spec.name == "inputs_embeds"]
-        self._dtype = embeddings.dtype
-        self._cache: StaticCache | None = None
+    def begin(self) -> Conversation:
+        """A new conversation, which ends the one before."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory."""
+        ...
+
+
+class StaticDecoderSession:
+    """Feeds a decoder of fixed sizes any number of tokens at a time.
+
+    Args:
+        decoder: Its programs.
+
+    Attributes:
+        entry: What a caller gives and gets: embeddings, positions and image blocks, and the logits after the
+            last token. Position 0 begins another conversation.
+        load_seconds: Time that opening the programs took.
+    """
+
+    entry: ComponentEntry
+    load_seconds: float
+
+    def __init__(self, decoder: StaticDecoder) -> None:
+        self._decoder = decoder
+        [embeddings] = [spec for spec in decoder.entry.inputs if spec.name == "inputs_embeds"]
+        self._conversation: Conversation | None = None
         self.entry = ComponentEntry(
-            program=session.entry.program,
+            program=decoder.entry.program,
             inputs=(
                 TensorSpec(
                     name="inputs_embeds",
@@ -72,9 +101,9 @@ class StaticDecoderSession:
                     default=-1,
                 ),
             ),
-            outputs=session.entry.outputs,
+            outputs=decoder.entry.outputs,
         )
-        self.load_seconds = session.load_seconds + time.perf_counter() - started
+        self.load_seconds = decoder.load_seconds
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """See `Session`.
@@ -89,11 +118,10 @@ class StaticDecoderSession:
         embeddings, positions = inputs["inputs_embeds"][0], inputs["cache_position"]
         blocks = inputs["image_blocks"][0] if "image_blocks" in inputs else np.full(len(positions), -1)
         # A conversation that fails in the middle of a step is over: its caches hold half of the step.
-        cache, self._cache = self._begun(positions), None
-        for step in cache.steps(blocks):
-            _, given = cache.step(embeddings[step], blocks[step])
-            outputs = self._session.run(given)
-        self._cache = cache
+        conversation, self._conversation = self._begun(positions), None
+        for step in conversation.steps(blocks):
+            outputs = conversation.read(embeddings[step], blocks[step])
+        self._conversation = conversation
         return outputs
 
     def run_into(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
@@ -109,20 +137,63 @@ class StaticDecoderSession:
 
     def close(self) -> None:
         """See `Session`."""
-        self._session.close()
+        self._decoder.close()
 
-    def _begun(self, positions: NDArray[np.int64]) -> StaticCache:
+    def _begun(self, positions: NDArray[np.int64]) -> Conversation:
         """The conversation that the positions go on with."""
         if positions[0] == 0:
-            self._session.reset()
-            self._cache = StaticCache(self._sizes, dtype=self._dtype)
-        held = 0 if self._cache is None else self._cache.length
-        if self._cache is None or (positions != np.arange(held, held + len(positions))).any():
+            self._conversation = self._decoder.begin()
+        held = 0 if self._conversation is None else self._conversation.length
+        if self._conversation is None or (positions != np.arange(held, held + len(positions))).any():
             raise EdgeError(
                 f"the decoder holds a conversation of {held} tokens and was given tokens from position "
                 f"{positions[0]} on; go on where it stands, or read the conversation from its start"
             )
-        return self._cache
+        return self._conversation
+
+
+class StatefulDecoder:
+    """A program whose functions keep keys and values in states that they share.
+
+    Args:
+        session: The program, whose metadata holds `SIZES`.
+
+    Raises:
+        ArtifactError: If the program lacks a function, its functions do not share their states, or it does
+            not say how it is fed.
+    """
+
+    def __init__(self, session: MilSession) -> None:
+        _check_functions(session.program)
+        self._session = session
+        self._sizes = read_sizes(session.program.metadata.get(SIZES, ""))
+        [embeddings] = [spec for spec in session.entry.inputs if spec.name == "inputs_embeds"]
+        self._dtype = embeddings.dtype
+        self.entry, self.load_seconds = session.entry, session.load_seconds
+
+    def begin(self) -> Conversation:
+        """See `StaticDecoder`."""
+        self._session.reset()
+        return _StatefulConversation(self._session, StaticCache(self._sizes, dtype=self._dtype))
+
+    def close(self) -> None:
+        """See `StaticDecoder`."""
+        self._session.close()
+
+
+class _StatefulConversation:
+    """See `Conversation`."""
+
+    def __init__(self, session: MilSession, cache: StaticCache) -> None:
+        self._session, self._cache, self.length = session, cache, 0
+
+    def steps(self, blocks: NDArray[np.int64]) -> Iterator[slice]:
+        return self._cache.steps(blocks)
+
+    def read(self, embeddings: NDArray[Any], blocks: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        _, given = self._cache.step(embeddings, blocks)
+        self.length = self._cache.length
+        return self._session.run(given)
 
 
 def _check_functions(program: MilProgram) -> None:

@@ -1,7 +1,7 @@
 """What the command lines of export print, for people or as JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,16 @@ from medgemma_runtime.command import printable
 
 if TYPE_CHECKING:
     from medgemma_export.calibration.range_audit import RangeAudit
+    from medgemma_export.targets.coreml_validation import FloatWeight, ReadFunction
 
-__all__ = ["print_decision", "print_artifact", "print_bundle", "print_ablation", "print_ranges"]
+__all__ = [
+    "print_decision",
+    "print_artifact",
+    "print_bundle",
+    "print_ablation",
+    "print_ranges",
+    "print_read_back",
+]
 
 
 def print_decision(decision: Decision, *, as_json: bool) -> None:
@@ -147,3 +155,21 @@ def print_ranges(model_id: str, samples: str, audit: "RangeAudit", *, headroom: 
             f"{min(scales):g}" if scales else "",
         )
     Console().print(table)
+
+
+def print_read_back(functions: "Sequence[ReadFunction]", *, as_json: bool) -> None:
+    """What coremltools found in the packages of an artifact."""
+    if as_json:
+        typer.echo(json.dumps([asdict(function) for function in functions]))
+        return
+    for function in functions:
+        operators = ", ".join(f"{count} {kind}" for kind, count in function.operators.items())
+        stored = ", ".join(f"{count} {storage}" for storage, count in function.stored.items())
+        typer.echo(f"{function.package}, {function.function}: {operators}; weights: {stored}")
+        groups: dict[str, list[FloatWeight]] = {}
+        for weight in function.floats:
+            groups.setdefault(f"{weight.storage}, {weight.reason}", []).append(weight)
+        for reason, weights in groups.items():
+            names = ", ".join(printable(weight.name) for weight in weights[:3])
+            more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+            typer.echo(f"  {reason}: {names}{more}")

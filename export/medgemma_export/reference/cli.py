@@ -16,6 +16,7 @@ from medgemma_export.printing import (
     print_ablation,
     print_bundle,
     print_ranges,
+    print_read_back,
 )
 from medgemma_export.reference.decoders import record_text_reference, records_text, sees_images
 from medgemma_export.reference.encoders import record_reference
@@ -29,6 +30,7 @@ from medgemma_export.reference.prompts import (
     note_prompts,
 )
 from medgemma_quantization.calibration import BUILTIN, open_set
+from medgemma_runtime.artifact import open_artifact
 from medgemma_runtime.command import progress_bar
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.sample_images import LABELS
@@ -47,6 +49,8 @@ Examples:
   medgemma-reference ranges --model google/medgemma-4b-it --calibration ./studies
 
   medgemma-reference packing medsiglip-int8 --model google/medsiglip-448 --reference reference --out packing
+
+  medgemma-reference coreml medsiglip-coreml
 
   medgemma-reference quantization --model ./my-finetune --row rtn:int4 --row gptq:5.5 --out table.json
 """
@@ -258,6 +262,25 @@ def ranges(
             progress=lambda done, total: progress("run the model", done, total),
         )
     print_ranges(checkpoint.id, samples.summary, audit, headroom=headroom, as_json=as_json)
+
+
+@_app.command()
+def coreml(
+    artifact: Annotated[Path, typer.Argument(help="An artifact of target coreml.")], as_json: AsJson = False
+) -> None:
+    """Have coremltools read every package back, and hold what each weight is stored as against the plan.
+
+    Operators are counted by kind, and weights that are not compressed are listed with the plan's reason.
+    coremltools holds all weights of a function in memory, two bytes or one each.
+    """
+    from medgemma_export.targets.coreml_validation import read_back  # coremltools, which --help need not
+
+    functions = []
+    with progress_bar("read back") as progress:
+        for done, function in enumerate(read_back(open_artifact(artifact))):
+            functions.append(function)
+            progress(f"{function.package} {function.function}", done, done + 1)
+    print_read_back(functions, as_json=as_json)
 
 
 @_app.command()

@@ -20,6 +20,7 @@ __all__ = [
     "Exporter",
     "file_value",
     "immediate_value",
+    "load_program",
     "new_function",
     "PACKED_DTYPES",
     "OPSET",
@@ -38,6 +39,7 @@ try:
     from coremltools.converters.mil.backend.mil.helper import create_file_value_tensor as file_value
     from coremltools.converters.mil.backend.mil.helper import create_immediate_value as immediate_value
     from coremltools.converters.mil.backend.mil.load import MILProtoExporter as Exporter
+    from coremltools.converters.mil.frontend.milproto.load import load as load_program
     from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
     from coremltools.converters.mil.mil import Function, Program, Var, types
     from coremltools.converters.mil.mil.program import Placeholder, StateTensorPlaceholder

@@ -132,6 +132,11 @@ def test_the_emulation_equals_the_kernel(storage, tmp_path):
     [actual] = Runtime.get().load_program(path).load_method("forward").execute([x])
     expected = executorch_integer_linear(x, tensor)
     assert (actual - expected).abs().max() < 2e-5
+    # XNNPACK's own packing of weights that were there all along.
+    whole, path = replace(weight, values=torch.from_numpy(tensor.values)), tmp_path / "whole.pte"
+    exported = torch.export.export(Product(whole), (x,), strict=False)
+    lower_program({"forward": exported}, {}, path, StandIns(), with_xnnpack=True)
+    assert torch.equal(Runtime.get().load_program(path).load_method("forward").execute([x])[0], actual)
     # What the comparison would miss if activations were left alone.
     assert (actual - x @ torch.from_numpy(tensor.dequantize()).T).abs().max() > 1e-2
 
@@ -166,6 +171,7 @@ def test_a_table_is_looked_up_as_its_integers_say(storage, tmp_path):
 def test_what_kernels_and_xnnpack_both_read_lies_in_the_file_once(tmp_path):
     from executorch.runtime import Runtime
 
+    from medgemma_export.targets.executorch_file import write_program
     from medgemma_export.targets.executorch_lower import lower_program
     from medgemma_export.targets.executorch_stand_ins import StandIns, late_array
 
@@ -197,6 +203,8 @@ def test_what_kernels_and_xnnpack_both_read_lies_in_the_file_once(tmp_path):
     assert torch.equal(program.load_method("rows").execute([ids])[0], table[ids])
     assert (program.load_method("product").execute([x])[0] - x @ table.T).abs().max() < 1e-5
     assert program.load_method("get_bos_id").execute([]) == [2]
+    with pytest.raises(AssertionError, match=r"without a place in the program: \['table'\]"):
+        write_program(path, tmp_path / "again.pte", stand_ins)  # no mark is left in it
 
 
 def test_portable_kernels_compute_the_same_and_xnnpack_took_none(tmp_path):

@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("executorch")
 
+import torch
+
 from medgemma_benchmarks import latency
 from medgemma_benchmarks.latency import TimedImage, measure_latency
 from medgemma_benchmarks.timing import Repetition
@@ -35,7 +37,7 @@ from tests.export.short_models import load_short_model
 # Of torch.export, about its own insides.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-LENGTH = 620  # the sample's window is 32, and its rings have 31 + 512 rows
+LENGTH = 620  # longer than the sample's window of 32, a call of 512, and both
 IMAGE = slice(40, 56)
 
 
@@ -145,6 +147,35 @@ def test_without_the_count_the_image_is_read_like_text(floats, conversation):
     features[:, -1] = 0
     logits = decoder.read(decoder.new_cache(90), ids[:60], image_blocks=blocks[:60], image_features=features)
     assert np.abs(logits - all_at_once(floats, conversation, 60)).max() > 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_buffers_may_begin_with_anything(floats, tokens):
+    """ExecuTorch clears no memory."""
+    from medgemma_export.targets.executorch_lower import trace
+    from medgemma_export.targets.executorch_stand_ins import StandIns
+
+    prompt = floats.artifact.manifest.prompt
+    stand_ins = StandIns()
+    exported = trace(
+        floats.parts["decoder"],
+        floats.weights,
+        lambda weight: None,
+        stand_ins,
+        image=None,
+        prompt=prompt,
+        step=512,
+    )
+    module = exported.module()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if weight := stand_ins.find(parameter.numpy().tobytes()):
+                [values] = weight.pieces()
+                parameter.copy_(torch.from_numpy(values))
+        for cache in module.buffers():
+            cache.fill_(torch.nan)
+    given = torch.ones(1, tokens, 65), torch.arange(tokens)
+    assert module(*given).isfinite().all()
 
 
 def test_one_conversation_at_a_time(floats, conversation):
@@ -268,7 +299,6 @@ def test_executorchs_own_runner_writes_the_same(floats, has_image):
         make_text_input,
     )
     from tokenizers import Tokenizer
-    from torch import from_numpy
 
     directory, manifest = floats.artifact.directory, floats.artifact.manifest
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -285,7 +315,7 @@ def test_executorchs_own_runner_writes_the_same(floats, has_image):
         ids, features = np.array(texts[0] + texts[1]), None
         blocks = np.full(len(ids), -1)
         if has_image:
-            parts.insert(1, make_image_input(from_numpy(pixels)))
+            parts.insert(1, make_image_input(torch.from_numpy(pixels)))
             tokens, place = manifest.prompt.tokens_per_image, len(texts[0])
             ids = np.insert(ids, [place] * tokens, manifest.prompt.image_id)
             blocks = np.insert(blocks, [place] * tokens, 0)

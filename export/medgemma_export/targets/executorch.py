@@ -33,7 +33,7 @@ Delegate = Literal["xnnpack", "portable", "coreml", "qnn", "vulkan", "openvino"]
 PROGRAM = "model.pte"
 
 STEP = 512
-"""Tokens of one call at most. Rings of layers with a window grow by it."""
+"""Tokens of one call at most."""
 
 # What a phone gives an app, less the weights of a 4B model at int4.
 _MAX_CACHE_BYTES = 1 << 30
@@ -177,7 +177,7 @@ def _check_context(component: Component, prompt: PromptSpec) -> None:
             f"a context of {prompt.context} tokens holds no question and answer, which take {least}; "
             "name a longer --context"
         )
-    local = min(prompt.context, (prompt.window or 1) - 1 + _step(prompt))
+    local = min(prompt.context, prompt.window or 1)
     cache_bytes = 0
     for spec in component.inputs:
         if spec.name.startswith("past_key_values."):

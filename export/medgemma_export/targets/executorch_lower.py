@@ -259,7 +259,7 @@ def _traced(
             )
         case "decoder":
             assert prompt is not None
-            local = min(context, (prompt.window or 1) - 1 + step)
+            local = min(context, prompt.window or 1)
             caches = {
                 name: (1, local if shape[2] == "past_local" else context, int(shape[1]), int(shape[3]))
                 for name, shape in shapes.items()

@@ -6,7 +6,10 @@ What XNNPACK cannot take splits a program, and every split costs a thread start.
 - GELU's tanh form is spelled out, because XNNPACK would compute the exact form in its place;
 - q and k are made in two halves, as rotary embedding pairs them, because XNNPACK cannot cut an axis of a
   tensor of free length;
-- attention is ExecuTorch's fused kernel, over keys that lie in buffers of the program;
+- attention is ExecuTorch's fused kernel, over keys that lie in buffers of the program. It looks at the first
+  rows of a buffer without a copy, but then with no mask. A single token needs none if buffers hold what it
+  sees and nothing else; several tokens have a copy made and a mask. Both are computed, each of almost nothing
+  where the other counts, because a branch would cut the program;
 - what several matrices multiply is rounded to int8 once;
 - there is no batch axis: the strides of [S, H] do not depend on S, which spares the exporter much arithmetic.
 """
@@ -54,17 +57,24 @@ _GELU_SLOPE, _GELU_CUBIC = (2 / math.pi) ** 0.5, 0.044715
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """Which key each new query sees, and where in the buffers the new keys go.
+    """Which key each new query sees, and where in the buffers keys lie.
 
     Attributes:
-        values: [S, L] float32, 0 where a key is seen and very negative elsewhere; L keys lie in a buffer.
-        slots: [1, S] int64, rows of the buffers.
+        values: [S, L] float32, 0 where a key is seen and very negative elsewhere; of several tokens.
+        slots: [1, S] int64, the new keys' rows of the buffers.
+        before: Rows of a ring that are copied before the new keys are written, and stand before them in L;
+            None without a window, where the first L rows are copied afterwards.
         length: L.
+        start: All rows up to and with this one are what a single token sees.
+        is_single: [1] float32, 1 for a single token and 0 for several.
     """
 
     values: Tensor
     slots: Tensor
+    before: int | None
     length: int
+    start: int
+    is_single: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,19 +241,36 @@ class ExecutorchOps:
         first: Any = positions[0].item()  # an integer that is known only when the program runs
         torch._check(first >= 0)  # type: ignore[no-untyped-call]
         torch._check(first + new <= self.context)  # type: ignore[no-untyped-call]
+        are_several = torch.sym_min(new - 1, 1)  # type: ignore[no-untyped-call]
+        before: int | None = None
         if window is None:
-            length, key = first + new, torch.arange(first + new)
-            slots = positions
+            length = 1 + are_several * (first + new - 1)
+            torch._check(length <= self.context)  # type: ignore[no-untyped-call]
+            start, slots = first, positions
+            key = torch.arange(length)
         else:
-            rows = min(self.context, window - 1 + self.step)
-            length = torch.sym_min(first + new, rows)  # type: ignore[no-untyped-call]
-            last = positions[-1:]
-            key = last - torch.remainder(last - torch.arange(length), rows)
+            rows = min(self.context, window)
+            # At least one, seen or not: strides of what may be empty have no order.
+            copied = are_several * torch.sym_min(first, rows)  # type: ignore[no-untyped-call]
+            before = torch.sym_max(copied, 1)  # type: ignore[no-untyped-call]
+            length = before + new
+            start = torch.sym_min(first, rows - 1)  # type: ignore[no-untyped-call]
             slots = torch.remainder(positions, rows)
+            last = positions[:1] - 1
+            # The sum is not negative: ExecuTorch's kernel has the remainder of C.
+            held = last - torch.remainder(last + rows - torch.arange(before), rows)
+            key = torch.cat((held, positions))
         seen = key[None] <= (positions + blocks.to(torch.int64))[:, None]
         if window is not None:
             seen = seen & (positions[:, None] - key[None] < window)
-        return Mask(values=torch.where(seen, 0.0, _UNSEEN), slots=slots[None], length=length)
+        return Mask(
+            values=torch.where(seen, 0.0, _UNSEEN),
+            slots=slots[None],
+            before=before,
+            length=length,
+            start=(1 - are_several) * start,
+            is_single=(positions[-1:] == positions[:1]).to(torch.float32),
+        )
 
     def cached_attention(
         self,
@@ -257,14 +284,25 @@ class ExecutorchOps:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Ops`. The caches are buffers [1, rows, kv, D] of the program, written in place."""
-        for new, cache in ((k, past_key), (v, past_value)):
-            torch.ops.llama.update_cache_with_indices(_pieces(new, heads.kv), cache, 0, mask.slots)
-        # With a mask the kernel looks at all keys it is given.
-        keys, values = past_key[:, : mask.length], past_value[:, : mask.length]
-        y = torch.ops.llama.custom_sdpa(
-            _pieces(q, heads.query), keys, values, 0, mask.values, 0.0, False, scale
+        copies = []
+        for new, cache in ((_pieces(k, heads.kv), past_key), (_pieces(v, heads.kv), past_value)):
+            if mask.before is not None:
+                # What the first token overwrites is not seen any more. Row 0 of a new ring is copied, and
+                # if it were left as it was found, what is not a number would stay so behind a mask.
+                torch.ops.llama.update_cache_with_indices(new[:, :1], cache, 0, mask.slots[:, :1])
+                # A long step overwrites what its first tokens see.
+                copies.append(torch.cat((cache[:, : mask.before], new), 1))
+            torch.ops.llama.update_cache_with_indices(new, cache, 0, mask.slots)
+            if mask.before is None:
+                copies.append(cache[:, : mask.length])
+        q = _pieces(q, heads.query)
+        # With a mask the kernel looks at all keys it is given, and without at `start + queries`.
+        several = torch.ops.llama.custom_sdpa(q, *copies, 0, mask.values, 0.0, False, scale)
+        single = torch.ops.llama.custom_sdpa(
+            q[:, -1:], past_key, past_value, mask.start, None, 0.0, False, scale
         )
-        return _join(y), past_key, past_value
+        y = _join(several) * (1 - mask.is_single) + _join(single) * mask.is_single
+        return y, past_key, past_value
 
     def logits(self, x: Tensor, table: Table) -> Tensor:
         """See `Ops`."""

@@ -122,7 +122,7 @@ def decide(recipe: Recipe, *, progress: Progress = lambda *step: None) -> Decisi
         needs=predict_needs(
             plan,
             calibration_bytes=None if samples is None else recipe.calibration_bytes,
-            at_once=recipe.target == "executorch",
+            is_traced=recipe.target == "executorch",
         ),
         samples=samples,
         predicted_kl=expected,

@@ -42,6 +42,9 @@ _SLACK_BYTES = 64 << 10
 _SMALL_FILES_BYTES = 64 << 20
 # Graphs, plan and manifest in memory.
 _REST_BYTES = 64 << 20
+# PyTorch and ExecuTorch's exporter, and what they note of a matrix's surroundings; 270M and 4B were measured.
+_EXPORTER_BYTES = 512 << 20
+_TRACED_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +157,15 @@ class Needs:
     heaviest: str
 
 
-def predict_needs(plan: QuantPlan, *, calibration_bytes: int | None = None, at_once: bool = False) -> Needs:
+def predict_needs(plan: QuantPlan, *, calibration_bytes: int | None = None, is_traced: bool = False) -> Needs:
     """From the plan alone; held against measurements in tests/export/test_package.py.
 
     Args:
         plan: How every weight is stored.
         calibration_bytes: Memory for activations where there are calibration samples; None for none. What of
             them goes to the disk depends on the samples and is not counted.
-        at_once: Whether the target holds all weights while it lowers, as ExecuTorch's exporter does.
+        is_traced: Whether the whole program is traced with PyTorch, as ExecuTorch's exporter does it: scales
+            and tables are then held, matrices are not.
     """
     disk_bytes = sum(_made_bytes(row) + row.stored_bits // 8 + _SLACK_BYTES for row in plan.rows)
     steps = [(rounding_bytes(row), f"to round {row.name}") for row in plan.rows]
@@ -172,12 +176,14 @@ def predict_needs(plan: QuantPlan, *, calibration_bytes: int | None = None, at_o
             for row in plan.rows
             if not row.storage.is_float
         ]
-    if at_once:
-        # Integers as int8, copies of what they are packed to and of the largest; 4B was measured: 16.1 GB.
-        held = sum(math.prod(row.stored_shape) * (4 if row.storage.is_float else 1) for row in plan.rows)
-        largest = max(math.prod(row.stored_shape) for row in plan.rows)
-        packed = sum(row.stored_bits // 8 for row in plan.rows)
-        steps.append((held + 4 * packed + 4 * largest, "to lower all weights at once"))
+    if is_traced:
+        tables = sum(row.stored_bits // 8 for row in plan.rows if row.role == "table")
+        # As float32, as bfloat16 or float16, and zeros of one byte.
+        scales = 8 * sum(row.scale_count for row in plan.rows if not row.storage.is_float)
+        traced = _TRACED_BYTES * sum(row.role == "linear" for row in plan.rows)
+        steps.append((_EXPORTER_BYTES + traced + scales + tables, "to trace and lower the program"))
+        # The program before its weights are written.
+        disk_bytes += scales + tables
     memory_bytes, heaviest = max(steps)
     return Needs(
         disk_bytes=disk_bytes + _SMALL_FILES_BYTES,

@@ -149,16 +149,19 @@ def test_needs_of_the_largest_models_by_hand():
     assert needs.disk_bytes == 1_409_630_208 + (4 + 2) * scales + slack
 
 
-def test_what_lowers_all_weights_at_once_holds_them():
+def test_a_traced_program_holds_scales_and_tables_but_no_matrices():
     weights = [
-        WeightSpec(name=name, shape=(rows, 64), role="linear")
-        for name, rows in (("small", 1 << 10), ("large", 1 << 24))
+        WeightSpec(name="matrix", shape=(1 << 20, 64), role="linear"),
+        WeightSpec(name="table", shape=(1 << 20, 64), role="table"),
     ]
-    needs = predict_needs(make_plan(SCHEMES["int4"], weights), at_once=True)
-    values = 64 * ((1 << 10) + (1 << 24))
-    # As int8, four copies packed with float16 scales, and four of the largest.
-    assert needs.memory_bytes == values + 4 * (values * 9 // 16) + 4 * (64 << 24) + package._REST_BYTES
-    assert needs.heaviest == "to lower all weights at once"
+    plan = make_plan(SCHEMES["int4"], weights)
+    needs = predict_needs(plan, is_traced=True)
+    # A table of 4 bits with a float16 scale for each 32, and eight bytes for each scale of both.
+    table, scales = (64 << 20) * 9 // 16, 8 * 2 * (2 << 20)
+    held = table + scales + package._EXPORTER_BYTES + package._TRACED_BYTES
+    assert needs.memory_bytes == held + package._REST_BYTES
+    assert needs.heaviest == "to trace and lower the program"
+    assert needs.disk_bytes == predict_needs(plan).disk_bytes + table + scales
 
 
 NEEDS = Needs(disk_bytes=3_000_000_000, memory_bytes=2_000_000_000, heaviest="to lower x.weight")

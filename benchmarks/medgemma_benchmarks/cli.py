@@ -1,7 +1,7 @@
 """The command lines `medgemma-parity`, `medgemma-bench` and `medgemma-report`: parse, call, print."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +19,7 @@ from medgemma_benchmarks.gates import load_gates
 from medgemma_benchmarks.generation import measure_generation
 from medgemma_benchmarks.generation_table import print_generation
 from medgemma_benchmarks.latency import LatencyReport, TimedImage, measure_latency
+from medgemma_benchmarks.operator_profile import OperatorShare
 from medgemma_benchmarks.parity import check_parity
 from medgemma_benchmarks.parity_report import LayerParity, ParityReport, PredictionParity
 from medgemma_benchmarks.peers import parse_peer
@@ -61,6 +62,8 @@ _GENERATE_EXAMPLES = """
 Examples:
 
   medgemma-bench generate medgemma-int4 --threads 2 --out generation.json
+
+  medgemma-bench generate medgemma-executorch --profile --rounds 2
 
   medgemma-bench generate medgemma-int4 --against llama=medgemma-q4_0.gguf@llama-env/bin/python
 """
@@ -153,7 +156,7 @@ def parity(
                     threads=threads,
                     arithmetic=arithmetic,
                     show_images=show_images,
-                    per_layer=per_layer,
+                    per_layer=per_layer and bundle.record.kind != "packing",
                     progress=progress,
                 )
             )
@@ -245,6 +248,9 @@ def generate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="For every engine; one for each usable core if unset.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Share of the artifact's time by operator, prefill and decode.")
+    ] = False,
     out: _Out = None,
     as_json: _AsJson = False,
 ) -> None:
@@ -261,11 +267,13 @@ def generate(
             prompts=prompt or (17, 512),
             decode=decode,
             rounds=rounds,
+            profile=profile,
             progress=progress,
         )
     _deliver(report, out, as_json=as_json)
     if not as_json:
         print_generation(report)
+        _print_profile(report.profile)
 
 
 @_report.command(epilog=_REPORT_EXAMPLES.replace("\n\n", "\n\n\n"))
@@ -410,13 +418,17 @@ def _print_latency(report: LatencyReport) -> None:
                 )
             )
         )
-    for component, operators in (report.profile or {}).items():
-        shares = _table(f"{component} operator", "calls", "ms", "share")
+    _print_profile(report.profile)
+
+
+def _print_profile(profile: Mapping[str, Sequence[OperatorShare]] | None) -> None:
+    for run, operators in (profile or {}).items():
+        shares = _table(f"{run} operator", "calls", "ms", "share")
         for operator in operators[:_SHOWN_OPERATORS]:
             shares.add_row(
                 operator.operator, f"{operator.calls:g}", f"{operator.ms:.2f}", f"{operator.share:.0%}"
             )
-        console.print(shares)
+        Console().print(shares)
 
 
 def _table(first: str, *numbers: str) -> Table:

@@ -19,6 +19,7 @@ from pydantic import ConfigDict
 from medgemma_benchmarks.device import DeviceDescription, describe_device
 from medgemma_benchmarks.engine_process import EngineModel, EngineProcess, Run
 from medgemma_benchmarks.identity import ArtifactDescription, describe_artifact
+from medgemma_benchmarks.operator_profile import OperatorShare, profile_decoder
 from medgemma_benchmarks.timing import PAUSE_SECONDS
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.errors import EdgeError
@@ -115,6 +116,8 @@ class GenerationReport:
             not tell. On a quiet machine it is near zero.
         ours: The artifact.
         peers: The others.
+        profile: Of the artifact, by `prefill N` and `decode after N`, N being the tokens of the prompt: most
+            expensive operator first; None when not asked for.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -127,6 +130,7 @@ class GenerationReport:
     load_average: float | None
     ours: EngineSpeed
     peers: tuple[EngineSpeed, ...]
+    profile: dict[str, tuple[OperatorShare, ...]] | None = None
 
 
 def prompt_ids(artifact: Artifact, tokens: int) -> list[int]:
@@ -156,6 +160,7 @@ def measure_generation(
     prompts: Sequence[int] = (17, 512),
     decode: int = 64,
     rounds: int = 6,
+    profile: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> GenerationReport:
     """Run an artifact and any number of other engines in turns.
@@ -169,6 +174,7 @@ def measure_generation(
         decode: Tokens timed after each prompt.
         rounds: Runs of every engine on every prompt, after one that does not count; rounded up to an even
             number, so that each goes first as often as last.
+        profile: Also share out the artifact's time by operator, in this process and after all rounds.
         progress: Called with what is run, runs done, and runs in all.
 
     Raises:
@@ -214,6 +220,13 @@ def measure_generation(
             )
             for model, engine, by_workload in zip(models, engines, runs, strict=True)
         ]
+    shares: dict[str, tuple[OperatorShare, ...]] | None = {} if profile else None
+    if shares is not None:
+        for ids in workloads:
+            say(f"profiling a prompt of {len(ids)}", done, total)
+            found = profile_decoder(artifact, ids, steps=decode, threads=threads)
+            shares[f"prefill {len(ids)}"] = found["prefill"]
+            shares[f"decode after {len(ids)}"] = found["decode"]
     return GenerationReport(
         artifact=describe_artifact(artifact),
         device=describe_device(threads=threads),
@@ -222,6 +235,7 @@ def measure_generation(
         load_average=load_average,
         ours=speeds[0],
         peers=tuple(speeds[1:]),
+        profile=shares,
     )
 
 

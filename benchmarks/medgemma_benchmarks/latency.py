@@ -1,11 +1,7 @@
 """How long each stage of an artifact takes on this device, and what it costs to open."""
 
-import json
-import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,8 +11,9 @@ from pydantic import ConfigDict
 from medgemma_benchmarks.device import DeviceDescription, describe_device
 from medgemma_benchmarks.identity import ArtifactDescription, describe_artifact
 from medgemma_benchmarks.metrics import probabilities
+from medgemma_benchmarks.operator_profile import OperatorShare, profile_encoder
 from medgemma_benchmarks.peers import PeerComparison, PeerModel, compare_with_peer, open_peer
-from medgemma_benchmarks.process_cost import ProcessCost, measure_process_cost, zero_inputs
+from medgemma_benchmarks.process_cost import ProcessCost, measure_process_cost
 from medgemma_benchmarks.timing import Distribution, Repetition, measure
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends import open_session
@@ -26,9 +23,8 @@ from medgemma_runtime.images import normalize, preprocess, resize
 from medgemma_runtime.session import Session
 from medgemma_runtime.text import load_tokenizer
 
-__all__ = ["LatencyReport", "TimedImage", "Throughput", "OperatorShare", "measure_latency"]
+__all__ = ["LatencyReport", "TimedImage", "Throughput", "measure_latency"]
 
-_PROFILED_RUNS = 5
 METHOD = (
     "Each stage is warmed up and then repeated for a minimum time and a minimum count, one image after the "
     "other, on a monotonic clock; garbage collection is off while a stage is timed. Percentiles are measured "
@@ -53,18 +49,6 @@ class Throughput:
     batch: int
     images_per_second: float
     times: Distribution
-
-
-@dataclass(frozen=True, kw_only=True)
-class OperatorShare:
-    """One kind of operator in one component: calls and time per run, and its share of all operators' time."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    operator: str
-    calls: float
-    ms: float
-    share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +161,12 @@ def measure_latency(
         session.close()
     if "text" in names:
         stages |= text_stages
+    shares = None
+    if profile:
+        shares = dict[str, tuple[OperatorShare, ...]]()
+        for name in names:
+            say(f"profiling {name}")
+            shares[name] = profile_encoder(artifact, name, threads)
     return LatencyReport(
         artifact=describe_artifact(artifact),
         device=describe_device(threads=threads),
@@ -187,7 +177,7 @@ def measure_latency(
         throughput=tuple(throughput),
         processes=tuple(processes),
         peers=tuple(comparisons),
-        profile={name: _profile(artifact, name, threads, say) for name in names} if profile else None,
+        profile=shares,
     )
 
 
@@ -283,66 +273,3 @@ def _measure_throughput(
     inputs = np.concatenate([pixels[index % len(pixels)] for index in range(batch)])
     times = measure(lambda _: session.run({"pixel_values": inputs}), repetition)
     return Throughput(batch=batch, images_per_second=batch / times.p50_ms * 1e3, times=times)
-
-
-def _profile(
-    artifact: Artifact, name: str, threads: int | None, say: Callable[[str], None]
-) -> tuple[OperatorShare, ...]:
-    """Run one component a few times with its engine's profiler on."""
-    say(f"profiling {name}")
-    with tempfile.TemporaryDirectory() as directory:
-        trace = Path(directory) / "profile"
-        if artifact.manifest.target == "executorch":
-            from medgemma_runtime.backends.executorch import ExecutorchSession
-            from medgemma_runtime.backends.executorch_times import operator_times
-
-            _run_profiled(ExecutorchSession(artifact, name, threads=threads, profile_to=trace))
-            times = operator_times(trace)
-            everything = sum(ms for ms, _ in times.values())
-            return tuple(
-                OperatorShare(operator=kind, calls=calls, ms=ms, share=ms / everything)
-                for kind, (ms, calls) in times.items()
-            )
-        from medgemma_runtime.backends.ort import OrtSession
-
-        _run_profiled(OrtSession(artifact, name, threads=threads, profile_to=trace))
-        return share_by_operator(json.loads(trace.read_text(encoding="utf-8")), runs=_PROFILED_RUNS)
-
-
-def _run_profiled(session: Session) -> None:
-    for _ in range(_PROFILED_RUNS):
-        session.run(zero_inputs(session.entry))
-    session.close()
-
-
-def share_by_operator(trace: Sequence[dict[str, object]], *, runs: int) -> tuple[OperatorShare, ...]:
-    """Add up an ONNX Runtime profile by kind of operator, most expensive first.
-
-    Args:
-        trace: Events of Chrome's trace format; those of kernels have `cat` "Node", a name that ends in
-            `_kernel_time`, a duration in microseconds and the operator's kind.
-        runs: How often the program ran, to give times of one run.
-
-    Raises:
-        EdgeError: If there is no kernel in it.
-    """
-    total_us: dict[str, float] = defaultdict(float)
-    calls: dict[str, int] = defaultdict(int)
-    for event in trace:
-        if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time"):
-            kind = event["args"]["op_name"]  # type: ignore[index]
-            total_us[kind] += float(event["dur"])  # type: ignore[arg-type]
-            calls[kind] += 1
-    everything = sum(total_us.values())
-    if not everything:
-        raise EdgeError("the engine's profile holds no operator's time; measure without --profile")
-    ranked = sorted(total_us, key=lambda kind: -total_us[kind])
-    return tuple(
-        OperatorShare(
-            operator=kind,
-            calls=calls[kind] / runs,
-            ms=total_us[kind] / runs / 1e3,
-            share=total_us[kind] / everything,
-        )
-        for kind in ranked
-    )

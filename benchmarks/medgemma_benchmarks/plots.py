@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Plot", "plot_cosines", "plot_heat_map", "plot_latency", "plot_quantization", "plot_size"]
+__all__ = [
+    "Plot",
+    "plot_cosines",
+    "plot_heat_map",
+    "plot_latency",
+    "plot_layers",
+    "plot_quantization",
+    "plot_size",
+]
 
 # Distinct in grey and for the common colour blindnesses (Okabe and Ito), by order of the artifacts.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -134,6 +142,34 @@ def plot_latency(stages: Mapping[str, Mapping[str, Distribution]]) -> Plot:
             for label, times in stages.items()
         ),
         caption="Time of each stage, for one image or one caption.",
+    )
+
+
+def plot_layers(title: str, names: Sequence[str], errors: Mapping[str, Sequence[float | None]]) -> Plot:
+    """Relative error of the residual stream by layer, a line for each artifact.
+
+    Args:
+        title: The component.
+        names: Of the states, in order.
+        errors: By artifact, one for each state; None where it was not seen.
+    """
+    figure, axes = _figure(width=7.2, height=3.0)
+    places = np.arange(len(names))
+    for index, (label, values) in enumerate(errors.items()):
+        heights = [np.nan if value is None else max(value, _SMALLEST_ERROR) for value in values]
+        axes.plot(places, heights, f"{_MARKERS[index % 6]}-", color=_COLOURS[index % 6], label=label)
+    axes.set_yscale("log")
+    axes.set_xticks(places, names, rotation=90)
+    axes.set_ylabel("relative error")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, frameon=False)
+    largest = {
+        label: max((v for v in values if v is not None), default=0) for label, values in errors.items()
+    }
+    return _plot(
+        figure,
+        alt=f"{title}: relative error of the residual stream by layer. Largest: "
+        + ", ".join(f"{label} {value:.2g}" for label, value in largest.items()),
+        caption=f"{title}: how far the stream is from the reference's after each layer.",
     )
 
 

@@ -18,6 +18,7 @@ from medgemma_benchmarks.plots import (
     plot_cosines,
     plot_heat_map,
     plot_latency,
+    plot_layers,
     plot_quantization,
     plot_size,
 )
@@ -39,6 +40,7 @@ _KEY_METRICS = {
     "packing": ("max_abs_error",),
     "scheme": ("kl_mean", "cosine_min"),
     "end-to-end": ("agreement",),
+    "layers": ("relative_error",),
 }
 _OfArtifact = ParityReport | LatencyReport | GenerationReport
 _SEVERITY = {"DIFFERENT": 0, None: 0, "NEAR_TIE": 1, "SAME": 2}
@@ -210,7 +212,7 @@ def _summary(subjects: Sequence[_Subject]) -> dict[str, dict[str, tuple[Verdict,
 
 
 def _column(check: Check) -> str:
-    return check.subject if check.subject == "end-to-end" else check.question
+    return check.subject if check.subject in ("end-to-end", "layers") else check.question
 
 
 def _headroom(check: Check) -> float:
@@ -251,9 +253,23 @@ def _plots(
         plots["size"].append(plot_size(points))
     plots["heat_maps"] = _heat_maps(comparable, shown)
     timed = _timed(subjects)
+    plots["layers"] = _layer_plots(subjects)
     if timed:
         plots["latency"].append(plot_latency({label: result.stages for label, result in timed.items()}))
     return plots
+
+
+def _layer_plots(subjects: Sequence[_Subject]) -> list[Plot]:
+    """By component and number of layers: the errors of every artifact that was asked for them."""
+    names: dict[tuple[str, int], list[str]] = {}
+    errors: dict[tuple[str, int], dict[str, list[float | None]]] = {}
+    for subject in subjects:
+        for parity in subject.parities:
+            for component, layers in parity.layers.items():
+                key = component, len(layers)
+                names[key] = [layer.name for layer in layers]
+                errors.setdefault(key, {})[subject.label] = [layer.relative_error for layer in layers]
+    return [plot_layers(key[0], names[key], errors[key]) for key in names]
 
 
 def _quantization_plots(table: QuantizationReport) -> list[Plot]:

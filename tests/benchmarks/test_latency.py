@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from medgemma_benchmarks import latency
-from medgemma_benchmarks.latency import TimedImage, measure_latency, share_by_operator
+from medgemma_benchmarks.latency import TimedImage, measure_latency
 from medgemma_benchmarks.peers import PeerModel, compare_with_peer, open_peer, parse_peer
 from medgemma_benchmarks.results import read_result, to_json
 from medgemma_benchmarks.timing import Repetition
@@ -268,22 +268,3 @@ def test_a_peer_with_several_outputs_must_name_one(tmp_path: Path) -> None:
     chosen = open_peer(program("hidden", "image_embeds"), threads=None)
     assert chosen.entry.outputs[0].name == "image_embeds"
     assert open_peer(program("anything"), threads=None).entry.outputs[0].name == "anything"
-
-
-def test_a_profile_is_added_up_by_operator() -> None:
-    def kernel(operator: str, us: int, cat: str = "Node", suffix: str = "_kernel_time") -> dict[str, object]:
-        return {"cat": cat, "name": f"x{suffix}", "dur": us, "args": {"op_name": operator}}
-
-    trace = [
-        kernel("MatMul", 300),
-        kernel("Add", 100),
-        kernel("MatMul", 500),
-        kernel("Add", 100),
-        kernel("MatMul", 9999, suffix="_fence_before"),
-        {"cat": "Session", "name": "model_run", "dur": 5000},
-    ]
-    first, second = share_by_operator(trace, runs=2)
-    assert (first.operator, first.calls, first.ms, first.share) == ("MatMul", 1.0, 0.4, 0.8)
-    assert (second.operator, second.calls, second.ms, second.share) == ("Add", 1.0, 0.1, 0.2)
-    with pytest.raises(EdgeError, match="no operator's time"):
-        share_by_operator(trace[4:], runs=2)

@@ -15,6 +15,7 @@ import torch
 
 from medgemma_benchmarks import latency
 from medgemma_benchmarks.latency import TimedImage, measure_latency
+from medgemma_benchmarks.operator_profile import profile_decoder
 from medgemma_benchmarks.timing import Repetition
 from medgemma_export import build as build_module
 from medgemma_export.build import build, decide
@@ -371,6 +372,16 @@ def test_time_is_shared_out_by_operator(encoder, monkeypatch):
         assert operators["llama::custom_sdpa.out"].calls >= 1
         # XNNPACK names its own: dynamically quantized int8 by int8 of each channel.
         assert any(name.startswith("Fully Connected (NC, QD8") for name in operators)
+
+
+def test_time_of_a_decoder_is_shared_out_by_operator(integers):
+    shares = profile_decoder(integers.artifact, list(range(5, 25)), steps=3, threads=1)
+    assert shares.keys() == {"prefill", "decode"}
+    for part in shares.values():
+        operators = {share.operator: share for share in part}
+        assert sum(share.share for share in part) == pytest.approx(1)
+        assert operators["llama::custom_sdpa.out"].calls == 2  # layers, in one run
+        assert any(name.startswith("Fully Connected (NC, QD8, F32, QB4W)") for name in operators)
 
 
 def test_an_encoder_embeds_images_and_texts(encoder):

@@ -17,8 +17,8 @@ _KERNEL = "native_call_"
 _AROUND = ("OPERATOR_CALL", "Method::", "Program::")  # they hold others
 
 
-def operator_times(dump: Path) -> dict[str, tuple[float, float]]:
-    """Milliseconds and calls of one run by kind of operator, the median over the runs.
+def operator_times(dump: Path) -> list[dict[str, tuple[float, float]]]:
+    """Milliseconds and calls by kind of operator, of every run.
 
     What calls of a delegate took beyond its operators is under `delegate, the rest`.
 
@@ -30,8 +30,9 @@ def operator_times(dump: Path) -> dict[str, tuple[float, float]]:
     """
     inspector = open_inspector(dump)
     events = [event for block in inspector.event_blocks if block.name == _RUNS for event in block.events]
-    times = _added(events)
-    if not times:
+    runs = max((len(event.perf_data.raw) for event in events if event.perf_data is not None), default=0)
+    times = [_added(events, run) for run in range(runs)]
+    if not any(times):
         raise EdgeError(
             "this ExecuTorch records no operators: it was built without EXECUTORCH_ENABLE_EVENT_TRACER; "
             "use PyPI's, or measure without --profile"
@@ -57,26 +58,26 @@ def open_inspector(dump: Path, values: Path | None = None) -> Any:
         return Inspector(etdump_path=str(dump), debug_buffer_path=None if values is None else str(values))
 
 
-def _added(events: Iterable[Any]) -> dict[str, tuple[float, float]]:
+def _added(events: Iterable[Any], run: int) -> dict[str, tuple[float, float]]:
     times: dict[str, float] = defaultdict(float)
     calls: dict[str, float] = defaultdict(float)
     rest = 0.0
     for event in events:
         if event.perf_data is None:
             continue
-        median = float(event.perf_data.p50)
+        taken = float(event.perf_data.raw[run])
         if event.is_delegated_op:
             kind = re.sub(r" #\d+$", "", event.name)
-            rest -= median
+            rest -= taken
         elif event.name == _CALLS_OF_DELEGATES:
-            rest += median
+            rest += taken
             continue
         elif event.name.startswith(_AROUND):
             continue
         else:
             kind = event.name.removeprefix(_KERNEL)
-        times[kind] += median
+        times[kind] += taken
         calls[kind] += 1
     if times and rest > 0:
         times["delegate, the rest"], calls["delegate, the rest"] = rest, 1
-    return {kind: (times[kind], calls[kind]) for kind in sorted(times, key=lambda kind: -times[kind])}
+    return {kind: (times[kind], calls[kind]) for kind in times}

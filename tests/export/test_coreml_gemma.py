@@ -159,7 +159,7 @@ def test_the_packages_carry_the_integers_of_the_plan_in_both_functions(exported)
     artifact, components, weights = exported
     for name in ("vision", "decoder"):
         compare_package(package_of(artifact, name), components[name], weights)
-    compare_rows(package_of(artifact, "embed"), weights, table=TABLE)
+    compare_rows(package_of(artifact, "embed"), weights, tables=[TABLE])
 
 
 def test_weights_are_on_disk_once(exported):
@@ -174,20 +174,21 @@ def test_rows_are_looked_up_where_the_description_says(exported):
     artifact, components, weights = exported
     facts = json.loads(package_of(artifact, "embed").read_text())
     ids = np.array([[7, 1200]])
-    data = np.memmap(artifact.directory / facts["file"], mode="r")
-    row_bytes = facts["width"] * facts["bits"] // 8
-    blocks = facts["width"] // facts["block"]
+    [piece], width = facts["pieces"], facts["width"]
+    data = np.memmap(artifact.directory / piece["file"], mode="r")
+    row_bytes = width * piece["bits"] // 8
+    blocks = width // piece["block"]
     rows = []
     for row in ids[0]:
-        start = facts["values_offset"] + row * row_bytes
+        start = piece["values_offset"] + row * row_bytes
         values = data[start : start + row_bytes]
-        if facts["bits"] == 32:
+        if piece["bits"] == 32:
             rows.append(values.view(np.float32))
             continue
-        start = facts["scales_offset"] + row * blocks * np.dtype(facts["scales_dtype"]).itemsize
-        scales = np.frombuffer(data, facts["scales_dtype"], blocks, start).astype(np.float32)
-        integers = unpack_int4(values) if facts["bits"] == 4 else values.view(np.int8)
-        rows.append(integers * np.repeat(scales, facts["block"]))
+        start = piece["scales_offset"] + row * blocks * np.dtype(piece["scales_dtype"]).itemsize
+        scales = np.frombuffer(data, piece["scales_dtype"], blocks, start).astype(np.float32)
+        integers = unpack_int4(values) if piece["bits"] == 4 else values.view(np.int8)
+        rows.append(integers * np.repeat(scales, piece["block"]))
     given = {"input_ids": ids, "image_features": np.zeros((0, 64), np.float32)}
     expected = compute(components["embed"], weights, given)["inputs_embeds"]
     assert (np.array(rows) * np.float32(facts["scale"]) == expected[0]).all()
@@ -274,15 +275,15 @@ def test_a_scaled_residual_stream_changes_no_logits(tmp_path, conversation):
 
 def test_a_table_of_its_own_file_when_no_decoder_holds_it(tmp_path):
     artifact, _, weights = export(tmp_path, TARGET.scheme("int4"), components=("embed",))
-    facts = json.loads(package_of(artifact, "embed").read_text())
-    assert facts["file"] == "coreml/embedding.bin"
-    compare_rows(package_of(artifact, "embed"), weights, table=TABLE)
-    path = artifact.directory / facts["file"]
+    [piece] = json.loads(package_of(artifact, "embed").read_text())["pieces"]
+    assert piece["file"] == "coreml/embedding.bin"
+    compare_rows(package_of(artifact, "embed"), weights, tables=[TABLE])
+    path = artifact.directory / piece["file"]
     content = bytearray(path.read_bytes())
-    content[facts["scales_offset"]] ^= 1
+    content[piece["scales_offset"]] ^= 1
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"does not lead to language_model\.embed_tokens\.weight"):
-        compare_rows(package_of(artifact, "embed"), weights, table=TABLE)
+        compare_rows(package_of(artifact, "embed"), weights, tables=[TABLE])
 
 
 def test_caches_that_no_phone_holds_are_refused(exported):

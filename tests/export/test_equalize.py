@@ -68,7 +68,7 @@ def head_inputs(model, read, sample) -> np.ndarray:
         read,
         [sample],
         memory_bytes=PLENTY,
-        predict=lambda name, inputs: found.append(next(iter(inputs.rows()))[0]),
+        predict=lambda names, inputs: found.append(next(iter(inputs.rows()))[0]),
     )
     return found[0]
 

@@ -130,10 +130,10 @@ class TestRealWeights:
         read = model.reader(gemma)
         found: list[np.ndarray] = []
 
-        def predict(name, inputs):
+        def predict(names, inputs):
             [states] = next(iter(inputs.rows()))
             with np.errstate(invalid="ignore"):
-                found.append(states @ read(name, slice(0, 20_000)).T)
+                found.append(states @ read(names[0], slice(0, 20_000)).T)
 
         observe(
             model,

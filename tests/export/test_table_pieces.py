@@ -168,8 +168,7 @@ def recipe(tmp_path, monkeypatch):
     )
 
 
-@pytest.fixture
-def exported(recipe, tmp_path):
+def export(recipe, directory):
     """An artifact, its components, and its integers, made again."""
     artifact, decision = build(recipe, progress=silent), decide(recipe)
     assert read_plan(artifact.path("plan.json")) == decision.plan
@@ -179,12 +178,17 @@ def exported(recipe, tmp_path):
         decision.plan,
         model.reader(checkpoint),
         model_inputs(decision.samples, model, checkpoint),
-        tmp_path / "again",
+        directory / "again",
         method="search",
         memory_bytes=PLENTY,
         progress=silent,
     )
     return artifact, {component.name: component for component in model.components}, weights
+
+
+@pytest.fixture
+def exported(recipe, tmp_path):
+    return export(recipe, tmp_path)
 
 
 def test_the_plan_says_which_rows_have_8_bits(recipe):
@@ -241,8 +245,38 @@ def test_a_piece_is_on_disk_once_and_a_changed_byte_is_seen(exported):
         compare_integers(program, components["decoder"], weights)
 
 
-def test_targets_that_store_a_table_in_one_way_decide_on_it_as_a_whole(recipe):
-    for target, activations in (("coreml", "float16"), ("executorch", "int8-dynamic")):
-        scheme = replace(SCHEMES["int4"], activations=activations)
-        plan = decide(replace(recipe, target=target, scheme=scheme, budget=Budget(max_kl=2e-5))).plan
-        assert [row.name for row in plan.rows if row.role == "table"] == [TABLE]
+def test_core_ml_looks_up_and_multiplies_every_piece(recipe, tmp_path):
+    pytest.importorskip("coremltools")
+    from medgemma_export.targets.coreml_unpack import compare_package, compare_rows
+    from medgemma_runtime.backends.embedding_rows import EmbeddingRows
+    from medgemma_runtime.backends.mil import MilProgram
+    from tests.export.test_coreml_gemma import expected_logits, teacher_forced
+
+    scheme = replace(SCHEMES["int4"], activations="float")
+    recipe = replace(recipe, target="coreml", scheme=scheme, context=112)
+    artifact, components, weights = export(recipe, tmp_path)
+    decoder, embed = components["decoder"], components["embed"]
+    names = [spec.name for spec in embed.weights() if spec.role == "table"]
+    assert len(names) == 4
+    package = artifact.directory / artifact.manifest.components["decoder"].program
+    compare_package(package, decoder, weights)
+    description = artifact.directory / artifact.manifest.components["embed"].program
+    compare_rows(description, weights, tables=names)
+    with pytest.raises(ArtifactError, match="does not lead to"):
+        compare_rows(description, weights, tables=[names[2], names[1], names[0], names[3]])
+    rows = decoder.outputs[0].shape[-1]
+    feeds = {"input_ids": np.delete(np.arange(rows), artifact.manifest.prompt.image_id)[None]}
+    found = EmbeddingRows(artifact, "embed").run(feeds)["inputs_embeds"]
+    feeds["image_features"] = np.zeros((0, found.shape[-1]), np.float32)
+    assert (found == compute(embed, weights, feeds)["inputs_embeds"]).all()
+    rng = np.random.default_rng(5)
+    conversation = rng.normal(size=(3, found.shape[-1])).astype(np.float32), np.full(3, -1)
+    [(count, logits), *_] = teacher_forced(MilProgram.open(package), conversation, total=3)
+    expected = expected_logits(components, weights, conversation, count)
+    assert logits.shape == expected.shape == (1, 1, rows)
+    assert np.abs(logits - expected).max() < 1e-4
+
+
+def test_executorch_decides_on_a_table_as_a_whole(recipe):
+    plan = decide(replace(recipe, target="executorch", budget=Budget(max_kl=2e-5), context=112)).plan
+    assert [row.name for row in plan.rows if row.role == "table"] == [TABLE]

@@ -48,39 +48,44 @@ def table(bits: int, block: int) -> tuple[bytes, np.ndarray]:
     return bytes(SKIP) + stored + scales.tobytes(), rows.astype(np.float32)
 
 
-def write(directory: Path, stored_bits: int, **changes: Any) -> tuple[Artifact, np.ndarray]:
-    block = 4 if stored_bits == 4 else WIDTH
-    content, rows = table(stored_bits, block)
-    facts: dict[str, Any] = {
-        "rows": ROWS,
-        "width": WIDTH,
-        "bits": stored_bits,
-        "block": block,
-        "scale": 3.5,
-        "image_id": IMAGE,
-        "file": "coreml/embedding.bin",
-        "values_offset": SKIP,
-        "scales_offset": None if stored_bits > 8 else SKIP + ROWS * WIDTH * stored_bits // 8,
-        "scales_dtype": None if stored_bits > 8 else "float16",
-    }
+def write(directory: Path, *stored_bits: int, **changes: Any) -> tuple[Artifact, np.ndarray]:
+    """An artifact of a table with a piece of `ROWS` rows for each of the bits, and the rows."""
+    content, pieces, rows = b"", [], []
+    for bits in stored_bits:
+        block = 4 if bits == 4 else WIDTH
+        values = len(content) + SKIP
+        piece: dict[str, Any] = {
+            "rows": ROWS,
+            "bits": bits,
+            "block": block,
+            "file": "coreml/embedding.bin",
+            "values_offset": values,
+            "scales_offset": None if bits > 8 else values + ROWS * WIDTH * bits // 8,
+            "scales_dtype": None if bits > 8 else "float16",
+        }
+        more, found = table(bits, block)
+        content += more
+        pieces.append(piece | changes)
+        rows.append(found)
+    facts = {"width": WIDTH, "scale": 3.5, "image_id": IMAGE, "pieces": pieces}
     root = write_artifact(directory, GOLDEN, dataclasses.replace(ENTRY, program="decoder.mlpackage"))
     shutil.rmtree(root / "decoder.mlpackage")
     (root / "coreml").mkdir()
     (root / "coreml/embedding.bin").write_bytes(content)
-    (root / "coreml/embedding.json").write_text(json.dumps(facts | changes))
+    (root / "coreml/embedding.json").write_text(json.dumps(facts))
     manifest = read_manifest(root)
     files = [file_entry(root, f"coreml/embedding.{kind}") for kind in ("bin", "json")]
     files += [entry for entry in manifest.files if not entry.path.startswith("decoder.mlpackage")]
     manifest = dataclasses.replace(manifest, components={"embed": ENTRY}, files=tuple(files))
-    return Artifact(directory=root, manifest=manifest), rows
+    return Artifact(directory=root, manifest=manifest), np.concatenate(rows)
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16, 32])
-def test_rows_are_what_the_layout_says(tmp_path: Path, bits: int) -> None:
-    artifact, rows = write(tmp_path / "a", bits)
+@pytest.mark.parametrize("bits", [(4,), (8,), (16,), (32,), (8, 4), (4, 8, 4)])
+def test_rows_are_what_the_layout_says(tmp_path: Path, bits: tuple[int, ...]) -> None:
+    artifact, rows = write(tmp_path / "a", *bits)
     session = open_session(artifact, "embed")
     assert isinstance(session, EmbeddingRows)
-    ids = np.array([[9, 0, 0, 3]])
+    ids = np.array([[9, 0, 0, 3, len(rows) - 1, len(rows) - ROWS, 9]])
     found = session.run({"input_ids": ids})["inputs_embeds"]
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, rows[ids] * np.float32(3.5))

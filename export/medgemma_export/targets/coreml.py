@@ -61,7 +61,7 @@ class CoremlTarget:
         units: Whose layout programs get.
     """
 
-    cuts_tables: ClassVar[bool] = False
+    cuts_tables: ClassVar[bool] = True
     units: Units = "gpu"
 
     def scheme(self, name: SchemeName) -> Scheme:

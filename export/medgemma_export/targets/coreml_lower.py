@@ -269,8 +269,7 @@ class Lowering:
     def _embedding(self, component: Component) -> ComponentEntry:
         embedding = describe_embedding(component)
         path = self.directory / DIRECTORY / "embedding.json"
-        places = self._rows.get(f"{embedding.table.name}.weight")
-        write_rows(path, embedding, self.weights, places, self.note, half=self._half)
+        write_rows(path, embedding, self.weights, self._rows, self.note, half=self._half)
         one = {"batch": 1}
         return ComponentEntry(
             program=f"{DIRECTORY}/{path.name}",

@@ -261,9 +261,16 @@ class MilOps:
 
     def logits(self, x: Var, table: Table) -> Var:
         """See `Ops`."""
-        return self.mil.op(
-            "linear", x=x, weight=self.mil.matrix(f"{table.name}.weight"), bias=self.mil.zeros(table.rows)
-        )
+        parts = [
+            self.mil.op(
+                "linear",
+                x=x,
+                weight=self.mil.matrix(piece.weight),
+                bias=self.mil.zeros(piece.stop - piece.start),
+            )
+            for piece in table.pieces
+        ]
+        return parts[0] if len(parts) == 1 else self.mil.op("concat", values=parts, axis=-1)
 
     def _update(self, slot: CacheSlot, k: Var, v: Var) -> tuple[Var, Var]:
         """Write a layer's new rows into its state; all keys and values of the layer, [1, kv, rows, D]."""

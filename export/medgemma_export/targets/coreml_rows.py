@@ -6,6 +6,7 @@ output head, the rows are read from its weight file and are not stored twice.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ def write_rows(
     path: Path,
     embedding: Embedding,
     weights: QuantizedWeights,
-    places: RowPlaces | None,
-    note: Any,
+    places: Mapping[str, RowPlaces],
+    note: Callable[[PackedWeight], None],
     *,
     half: bool,
 ) -> None:
@@ -75,38 +76,58 @@ def write_rows(
         path: The JSON file.
         embedding: What is looked up.
         weights: The table's values.
-        places: Where they lie already, if they do.
+        places: Where its weights lie already, if they do.
         note: Told what was written.
         half: Whether a float table, and scales, are float16.
     """
-    name = f"{embedding.table.name}.weight"
-    row = weights.plan.by_name[name]
-    if places is None:
-        values, scales = _arrays(weights, name, half=half)
-        file = path.with_suffix(".bin")
-        with file.open("wb") as stream:
-            values.tofile(stream)
-            if scales is not None:
-                scales.tofile(stream)
-        note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
-        places = RowPlaces(
-            path=f"{path.parent.name}/{file.name}",
-            values=0,
-            scales=None if scales is None else values.nbytes,
-        )
     facts = {
-        "rows": row.stored_shape[0],
-        "width": row.stored_shape[1],
-        "bits": row.storage.bits,
-        "block": row.storage.block or row.stored_shape[1],
+        "width": embedding.table.width,
         "scale": embedding.scale,
         "image_id": embedding.image_id,
+        "pieces": [
+            _describe_piece(
+                piece.weight,
+                weights,
+                places.get(piece.weight) or _write_piece(path, piece.weight, weights, note, half=half),
+                half=half,
+            )
+            for piece in embedding.table.pieces
+        ],
+    }
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _describe_piece(name: str, weights: QuantizedWeights, places: RowPlaces, *, half: bool) -> dict[str, Any]:
+    row = weights.plan.by_name[name]
+    return {
+        "rows": row.stored_shape[0],
+        "bits": row.storage.bits,
+        "block": row.storage.block or row.stored_shape[1],
         "file": places.path,
         "values_offset": places.values,
         "scales_offset": places.scales,
         "scales_dtype": None if row.storage.is_float else "float16" if half else "float32",
     }
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_piece(
+    path: Path, name: str, weights: QuantizedWeights, note: Callable[[PackedWeight], None], *, half: bool
+) -> RowPlaces:
+    """Append a weight to the file beside the description."""
+    row = weights.plan.by_name[name]
+    values, scales = _arrays(weights, name, half=half)
+    file = path.with_suffix(".bin")
+    with file.open("ab") as stream:
+        start = stream.tell()
+        values.tofile(stream)
+        if scales is not None:
+            scales.tofile(stream)
+    note(PackedWeight(name=name, storage=row.storage, shape=row.stored_shape))
+    return RowPlaces(
+        path=f"{path.parent.name}/{file.name}",
+        values=start,
+        scales=None if scales is None else start + values.nbytes,
+    )
 
 
 def _arrays(weights: QuantizedWeights, name: str, *, half: bool) -> tuple[NDArray[Any], NDArray[Any] | None]:

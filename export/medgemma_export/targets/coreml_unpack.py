@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,36 +112,43 @@ def compare_package(package: Path, component: Component, weights: QuantizedWeigh
                 )
 
 
-def compare_rows(description: Path, weights: QuantizedWeights, *, table: str) -> None:
+def compare_rows(description: Path, weights: QuantizedWeights, *, tables: Sequence[str]) -> None:
     """Hold the rows that a host looks up against the plan.
 
     Args:
         description: The JSON file of an `embed` component.
         weights: The integers, made from checkpoint and plan.
-        table: The weight that is looked up.
+        tables: The weights that are looked up, in the order of their rows.
 
     Raises:
         ArtifactError: If they differ.
     """
-    facts = json.loads(description.read_text(encoding="utf-8"))
+    pieces = json.loads(description.read_text(encoding="utf-8"))["pieces"]
+    same = [
+        _same_rows(description, facts, name, weights) for facts, name in zip(pieces, tables, strict=False)
+    ]
+    if len(pieces) != len(tables) or not all(same):
+        raise ArtifactError(
+            f"{description.name} does not lead to {', '.join(tables)} as the plan and the checkpoint give "
+            "it; export again"
+        )
+
+
+def _same_rows(description: Path, facts: dict[str, Any], name: str, weights: QuantizedWeights) -> bool:
     data = np.memmap(description.parent.parent / facts["file"], mode="r")
-    row = weights.plan.by_name[table]
+    row = weights.plan.by_name[name]
     if row.storage.is_float:
         dtype = np.dtype(f"float{row.storage.bits}")
-        expected = [(facts["values_offset"], weights.float(table).astype(dtype))]
+        expected = [(facts["values_offset"], weights.float(name).astype(dtype))]
     else:
-        scales = weights.scales(table).astype(facts["scales_dtype"])
         expected = [
-            (facts["values_offset"], weights.stored_values(table)),
-            (facts["scales_offset"], scales),
+            (facts["values_offset"], weights.stored_values(name)),
+            (facts["scales_offset"], weights.scales(name).astype(facts["scales_dtype"])),
         ]
-    for offset, array in expected:
-        found = data[offset : offset + array.nbytes]
-        if found.tobytes() != array.tobytes():
-            raise ArtifactError(
-                f"{description.name} does not lead to {table} as the plan and the checkpoint give it; "
-                "export again"
-            )
+    found = all(
+        data[offset : offset + array.nbytes].tobytes() == array.tobytes() for offset, array in expected
+    )
+    return found and (facts["rows"], facts["bits"]) == (row.stored_shape[0], row.storage.bits)
 
 
 def _same(

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,21 +16,18 @@ from medgemma_runtime.errors import ArtifactError, EdgeError
 from medgemma_runtime.manifest import ComponentEntry
 from medgemma_runtime.session import check_inputs
 
-__all__ = ["EmbeddingRows", "RowLayout"]
+__all__ = ["EmbeddingRows", "RowLayout", "RowPiece"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowLayout:
-    """What the JSON file says: element [r, j] is `scale * scales[r, j // block] * values[r, j]`.
+class RowPiece:
+    """Some rows of the table that are stored alike, from where the piece before ends.
 
     Attributes:
-        rows: Of the table.
-        width: Of a row.
+        rows: How many.
         bits: Of a value: 4 (two to a byte, the first in the low half, two's complement), 8, or 16 and 32 for
             floats, which have no scales.
         block: Values that share a scale.
-        scale: Factor of every row.
-        image_id: The token whose places image features take; None if there is none.
         file: Where values and scales are, in the artifact.
         values_offset: Where in it the first value begins.
         scales_offset: Where the first scale begins.
@@ -39,15 +37,36 @@ class RowLayout:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     rows: int
-    width: int
     bits: Literal[4, 8, 16, 32]
     block: int
-    scale: float
-    image_id: int | None
     file: str
     values_offset: int
     scales_offset: int | None
     scales_dtype: Literal["float16", "float32"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLayout:
+    """What the JSON file says: element [r, j] is `scale * scales[r, j // block] * values[r, j]`.
+
+    Attributes:
+        width: Of a row.
+        scale: Factor of every row.
+        image_id: The token whose places image features take; None if there is none.
+        pieces: The rows, one piece after the other; more than one where a budget stores some in more bits.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    width: int
+    scale: float
+    image_id: int | None
+    pieces: tuple[RowPiece, ...]
+
+    @property
+    def rows(self) -> int:
+        """Of the table."""
+        return sum(piece.rows for piece in self.pieces)
 
 
 _LAYOUT: TypeAdapter[RowLayout] = TypeAdapter(RowLayout)
@@ -82,20 +101,10 @@ class EmbeddingRows:
             raise ArtifactError(
                 f"{self.entry.program} is not to the form: {str(error).splitlines()[0]}; export again"
             ) from None
-        data = np.memmap(artifact.path(layout.file), mode="r")
         self.layout = layout
-        values: NDArray[Any]
-        if layout.bits in (16, 32):
-            values = _mapped(data, layout.values_offset, f"float{layout.bits}", layout.rows, layout.width)
-        else:
-            kind, per_byte = ("uint8", 2) if layout.bits == 4 else ("int8", 1)
-            values = _mapped(data, layout.values_offset, kind, layout.rows, layout.width // per_byte)
-        self._values: NDArray[Any] | None = values
-        self._scales: NDArray[Any] | None = None
-        if layout.bits in (4, 8):
-            blocks = layout.width // layout.block
-            kind = str(layout.scales_dtype)
-            self._scales = _mapped(data, layout.scales_offset or 0, kind, layout.rows, blocks)
+        self._pieces: list[_MappedPiece] | None = [
+            _map_piece(piece, layout.width, artifact.path(piece.file)) for piece in layout.pieces
+        ]
         self.load_seconds = time.perf_counter() - started
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -105,7 +114,7 @@ class EmbeddingRows:
             EdgeError: If a name, dtype or shape differs from `entry`, an id is outside the table, there is
                 not one image feature for each place, or the session is closed.
         """
-        if self._values is None:
+        if self._pieces is None:
             raise EdgeError(f"component {self._component!r} is closed; open it again to run it")
         check_inputs(self.entry, inputs)
         ids = inputs["input_ids"]
@@ -114,7 +123,7 @@ class EmbeddingRows:
                 f"input_ids reach from {ids.min()} to {ids.max()} and the embedding has {self.layout.rows} "
                 "rows; give ids of this model's tokenizer"
             )
-        embeddings = self._rows(self._values, ids.reshape(-1)).reshape(*ids.shape, self.layout.width)
+        embeddings = self._rows(self._pieces, ids.reshape(-1)).reshape(*ids.shape, self.layout.width)
         embeddings *= np.float32(self.layout.scale)
         features = inputs.get("image_features")
         places = ids == (-1 if self.layout.image_id is None else self.layout.image_id)
@@ -138,18 +147,48 @@ class EmbeddingRows:
 
     def close(self) -> None:
         """See `Session`."""
-        self._values = self._scales = None
+        self._pieces = None
 
-    def _rows(self, values: NDArray[Any], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _rows(self, pieces: list["_MappedPiece"], ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """[n] ids to [n, width] float32, without `scale`."""
-        found = values[ids]
-        if self._scales is None:
+        found = np.empty((len(ids), self.layout.width), np.float32)
+        start = 0
+        for piece in pieces:
+            inside = (ids >= start) & (ids < start + len(piece.values))
+            found[inside] = piece.look_up(ids[inside] - start)
+            start += len(piece.values)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _MappedPiece:
+    """A piece as it lies in its file."""
+
+    values: NDArray[Any]
+    scales: NDArray[Any] | None
+    layout: RowPiece
+
+    def look_up(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        found = self.values[rows]
+        if self.scales is None:
             return found.astype(np.float32)
         if self.layout.bits == 4:
-            nibbles = np.stack([found & 0x0F, found >> 4], axis=-1).reshape(len(ids), -1)
+            nibbles = np.stack([found & 0x0F, found >> 4], axis=-1).reshape(len(rows), -1)
             found = (nibbles ^ 8).astype(np.int8) - np.int8(8)
-        scales = np.repeat(self._scales[ids].astype(np.float32), self.layout.block, axis=1)
+        scales = np.repeat(self.scales[rows].astype(np.float32), self.layout.block, axis=1)
         return np.asarray(found.astype(np.float32) * scales)
+
+
+def _map_piece(piece: RowPiece, width: int, path: Path) -> _MappedPiece:
+    data = np.memmap(path, mode="r")
+    if piece.bits in (16, 32):
+        values = _mapped(data, piece.values_offset, f"float{piece.bits}", piece.rows, width)
+        return _MappedPiece(values=values, scales=None, layout=piece)
+    kind, per_byte = ("uint8", 2) if piece.bits == 4 else ("int8", 1)
+    values = _mapped(data, piece.values_offset, kind, piece.rows, width // per_byte)
+    kind, blocks = str(piece.scales_dtype), width // piece.block
+    scales = _mapped(data, piece.scales_offset or 0, kind, piece.rows, blocks)
+    return _MappedPiece(values=values, scales=scales, layout=piece)
 
 
 def _mapped(data: NDArray[np.uint8], offset: int, kind: str, *shape: int) -> NDArray[Any]:

@@ -9,7 +9,8 @@
   What multiplies them is float16, or float32 with `--precision fp32`: activations are never integers.
 
 Programs are for iOS 18 and macOS 15, and laid out for the GPU: blocks of int4, fused attention. With
-`--units ane` encoders are laid out for the Neural Engine: convolutions, int8 per channel or palettes.
+`--units ane` they are laid out for the Neural Engine: convolutions, int8 per channel or palettes, the decoder
+in parts below 950 MB whose caches the host holds.
 """
 
 from collections.abc import Callable

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
 from rich.console import Console
@@ -71,7 +72,7 @@ def _print(name: str, item: Contents) -> None:
     both.add_row(operators, weights)
     console.print(both)
     for weight in item.weights:
-        if not weight.is_float or len(weight.shape) < 2:
+        if not weight.is_float or prod(weight.shape[1:]) == 1:
             continue  # vectors, biases and gains, always are floats
         shape = " x ".join(map(str, weight.shape))
         console.print(Text(printable(f"{weight.storage} of {shape}: {weight.name}")))

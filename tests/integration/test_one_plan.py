@@ -1,5 +1,6 @@
 """One set of integers reaches every target: bit for bit, read back from what each of them ships."""
 
+import os
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -18,7 +19,7 @@ from medgemma_quantization.integer_hashes import INTEGERS_NAME, read_hashes  # n
 from medgemma_quantization.methods import METHODS  # noqa: E402
 from medgemma_quantization.plan import compare_packed, make_plan, read_plan  # noqa: E402
 from medgemma_quantization.scheme import INT8, SCHEMES  # noqa: E402
-from medgemma_quantization.weights import store_integers  # noqa: E402
+from medgemma_quantization.weights import quantize_weights, store_integers  # noqa: E402
 from medgemma_runtime.errors import ArtifactError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the targets' libraries, about their own insides
@@ -124,3 +125,31 @@ def test_two_exports_apart_carry_the_same_integers_and_their_files_say_so(tmp_pa
     assert found[0] == found[1]
     plan = read_plan(artifact.path("plan.json"))
     assert set(found[0][1]) == {row.name for row in plan.rows if not row.storage.is_float}
+
+
+@pytest.mark.weights
+def test_onnx_and_core_ml_ship_the_same_int4_of_a_whole_decoder(tmp_path):
+    """`MEDGEMMA_EDGE_CHECKPOINT=sample:gemma3-270m pytest -m weights`: bit for bit, scales too."""
+    name = os.environ.get("MEDGEMMA_EDGE_CHECKPOINT")
+    if name is None:
+        pytest.skip("MEDGEMMA_EDGE_CHECKPOINT names no checkpoint")
+    checkpoint = open_checkpoint(name)
+    model = load_model(checkpoint)
+    parts = tuple(part for part in model.components if part.name in ("embed", "decoder"))
+    model = replace(model, components=parts, prompt=replace(model.prompt, context=512))
+    made = None
+    for target in ("onnx", "coreml"):
+        scheme = replace(SCHEMES["int4"], activations=TARGETS[target].scheme("int4").activations)
+        plan = make_plan(scheme, model.weights())
+        if made is None:
+            made = quantize_weights(plan, model.reader(checkpoint), tmp_path / "weights")
+        assert [row for row in plan.rows if not row.storage.is_float] == [
+            row for row in made.plan.rows if not row.storage.is_float
+        ]
+        directory = tmp_path / target
+        directory.mkdir()
+        for extra in model.extra_files:
+            (directory / extra).write_bytes(checkpoint.content(extra))
+        weights = replace(made, plan=plan)
+        entries, _ = TARGETS[target].lower(model, weights, directory, progress=lambda *step: None)
+        compare(target, directory / entries["decoder"].program, parts[1], weights)

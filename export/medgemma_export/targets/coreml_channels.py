@@ -95,7 +95,7 @@ class ChannelOps:
 
     def logits(self, x: Var, table: Table) -> tuple[Var, ...]:
         """See `Ops`. In pieces."""
-        return self._pieces(x, f"{table.name}.weight")
+        return tuple(part for piece in table.pieces for part in self._pieces(x, piece.weight))
 
     def project_together(self, x: Var, weights: tuple[Linear, ...]) -> tuple[Var, ...]:
         """See `Ops`."""

@@ -84,7 +84,10 @@ def export(
         Units | None, typer.Option(help="Whose layout a Core ML program gets; gpu if left.")
     ] = None,
     delegate: Annotated[
-        Delegate | None, typer.Option(help="Who computes in an ExecuTorch program; xnnpack if left.")
+        Delegate | None,
+        typer.Option(
+            help="Who computes in an ExecuTorch program; xnnpack if left. coreml and openvino take encoders."
+        ),
     ] = None,
     method: Annotated[MethodName, typer.Option(help="How integers are found.")] = "rtn",
     calibration: Annotated[

@@ -12,6 +12,7 @@ from rich.table import Table
 from medgemma_benchmarks.bundle import ReferenceBundle
 from medgemma_benchmarks.parity_report import PredictionParity
 from medgemma_export.build import Decision
+from medgemma_export.targets.executorch import SHARES
 from medgemma_quantization.plan import PlanRow
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.command import printable
@@ -106,6 +107,19 @@ def print_artifact(artifact: Artifact, *, as_json: bool) -> None:
         f"{artifact.size_bytes / 1e6:.1f} MB ({manifest.quantization.bits_per_weight:.2f} bits per weight), "
         f"{manifest.build.seconds:.0f} s, peak memory {manifest.build.peak_rss_bytes / 1e9:.2f} GB"
     )
+    if manifest.target == "executorch":
+        _print_delegation(artifact)
+
+
+def _print_delegation(artifact: Artifact) -> None:
+    """What a delegate took of each method, and what it left to ExecuTorch's kernels."""
+    said = json.loads(artifact.path(SHARES).read_text(encoding="utf-8"))
+    for method, share in said["methods"].items():
+        operations = share["delegated"] + share["kernels"]
+        typer.echo(
+            f"{method}: {said['delegate']} took {share['delegated']} of {operations} operations in "
+            f"{share['calls']} calls, ExecuTorch's kernels the other {share['kernels']}"
+        )
 
 
 def print_ablation(model_id: str, found: Mapping[str, PredictionParity], *, as_json: bool) -> None:

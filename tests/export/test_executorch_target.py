@@ -1,5 +1,6 @@
 """What the ExecuTorch target refuses, and that XNNPACK computes what the packing reference says it does."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -51,15 +52,34 @@ def test_what_the_command_line_offers_is_taken(medgemma, model, precision):
             "take blocks of 32 or a multiple",
         ),
         (replace(SCHEMES["int4"], activations="float"), "xnnpack", "keeps activations float, and XNNPACK"),
-        (SCHEMES["int4"], "portable", "portable kernels multiply floats only; use --precision fp32"),
+        (
+            SCHEMES["int4"],
+            "portable",
+            "delegate portable multiplies floats only in this version; use --precision fp32",
+        ),
         (SCHEMES["int4"], "qnn", "QNN_SDK_ROOT"),
         (SCHEMES["int4"], "vulkan", "glslc"),
-        (SCHEMES["int4"], "openvino", "pip install openvino nncf"),
-        (SCHEMES["int4"], "coreml", "--target coreml"),
+        (SCHEMES["fp32"], "openvino", "takes encoders only in this version"),
+        (SCHEMES["fp32"], "coreml", "--target coreml"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_remedy(medgemma, scheme, delegate, message):
     assert message in refusal(medgemma, scheme, delegate)
+
+
+@pytest.mark.parametrize("delegate", ["coreml", "openvino"])
+def test_delegates_of_encoders_take_floats_only(model, delegate):
+    ExecutorchTarget(delegate=delegate).check(model, make_plan(SCHEMES["fp32"], model.weights()))
+    scheme = ExecutorchTarget().scheme("int8")
+    assert f"delegate {delegate} multiplies floats only" in refusal(model, scheme, delegate)
+
+
+def test_a_delegate_without_its_package_is_refused(monkeypatch):
+    from medgemma_export.targets.executorch_delegates import open_partitioner
+
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EdgeError, match="lowers with the package openvino, which is not installed; pip inst"):
+        open_partitioner("openvino")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +147,7 @@ def test_the_emulation_equals_the_kernel(storage, tmp_path):
     module = Product(weight)
     exported = torch.export.export(module, (x,), strict=False)
     path = tmp_path / "product.pte"
-    shares = lower_program({"forward": exported}, {}, path, stand_ins, with_xnnpack=True)
+    shares = lower_program({"forward": exported}, {}, path, stand_ins, delegate="xnnpack")
     assert (shares["forward"].kernels, shares["forward"].calls) == (0, 1)
     [actual] = Runtime.get().load_program(path).load_method("forward").execute([x])
     expected = executorch_integer_linear(x, tensor)
@@ -163,7 +183,7 @@ def test_a_table_is_looked_up_as_its_integers_say(storage, tmp_path):
     module = Rows(*(torch.from_numpy(part) for part in pack_table(tensor)))
     ids, path = torch.tensor([[6, 0]]), tmp_path / "rows.pte"
     exported = torch.export.export(module, (ids,), strict=False)
-    lower_program({"forward": exported}, {}, path, StandIns(), with_xnnpack=True)
+    lower_program({"forward": exported}, {}, path, StandIns(), delegate="xnnpack")
     [rows] = Runtime.get().load_program(path).load_method("forward").execute([ids])
     assert np.array_equal(rows[0].numpy(), tensor.dequantize()[[6, 0]])
 
@@ -196,7 +216,7 @@ def test_what_kernels_and_xnnpack_both_read_lies_in_the_file_once(tmp_path):
         )
         for name, module, given in (("rows", Rows, ids), ("product", Product, x))
     }
-    shares = lower_program(programs, {"get_bos_id": 2}, path, stand_ins, with_xnnpack=True)
+    shares = lower_program(programs, {"get_bos_id": 2}, path, stand_ins, delegate="xnnpack")
     assert (shares["rows"].calls, shares["product"].calls) == (0, 1)
     assert path.read_bytes().count(table.numpy().tobytes()) == 1
     program = Runtime.get().load_program(path)
@@ -216,7 +236,7 @@ def test_portable_kernels_compute_the_same_and_xnnpack_took_none(tmp_path):
     layer = torch.nn.Linear(8, 4)
     x, path = torch.ones(3, 8), tmp_path / "model.pte"
     exported = torch.export.export(layer, (x,), strict=False)
-    share = lower_program({"forward": exported}, {}, path, StandIns(), with_xnnpack=False)["forward"]
+    share = lower_program({"forward": exported}, {}, path, StandIns(), delegate="portable")["forward"]
     assert (share.delegated, share.calls) == (0, 0)
     assert share.kernels > 0
     [actual] = Runtime.get().load_program(path).load_method("forward").execute([x])

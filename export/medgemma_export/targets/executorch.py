@@ -43,13 +43,16 @@ SHARES = "delegation.json"
 
 # Delegates that this version does not lower to, and why. Tried with ExecuTorch 1.5.1.
 _ELSEWHERE = {
-    "coreml": "ExecuTorch's lowering to Core ML takes no uint8 images; use --target coreml, which writes "
-    "Core ML packages with the same integers",
     "qnn": "it needs Qualcomm's AI Engine Direct SDK (QNN_SDK_ROOT; qpm.qualcomm.com), an ExecuTorch built "
     "with it, and calibrated activations",
-    "vulkan": "ExecuTorch's lowering to Vulkan stops at attention with a mask, and its runtime is built with "
-    "the Vulkan SDK's glslc (vulkan.lunarg.com)",
-    "openvino": "it needs Intel's packages (pip install openvino nncf) and an ExecuTorch built with OpenVINO",
+    "vulkan": "ExecuTorch's lowering to Vulkan stops at attention without a cache and at attention with a "
+    "mask, and its runtime is built with the Vulkan SDK's glslc (vulkan.lunarg.com)",
+}
+
+# Delegates that take encoders in float32, tried with ExecuTorch 1.5.1, and what else takes decoders.
+_OF_ENCODERS = {
+    "coreml": "--target coreml, which writes Core ML packages with the same integers",
+    "openvino": "--delegate xnnpack, or --target onnx, which ONNX Runtime runs on Intel's processors",
 }
 
 
@@ -58,7 +61,8 @@ class ExecutorchTarget:
     """See `Target`.
 
     Attributes:
-        delegate: Who computes: `xnnpack`, or `portable` for ExecuTorch's own kernels alone.
+        delegate: Who computes: `xnnpack`; `portable` for ExecuTorch's own kernels alone; `coreml` or
+            `openvino`, which take encoders in float32.
     """
 
     cuts_tables: ClassVar[bool] = False
@@ -75,6 +79,11 @@ class ExecutorchTarget:
             raise EdgeError(
                 f"delegate {self.delegate} is not lowered to by this version: {_ELSEWHERE[self.delegate]}; "
                 "or use --delegate xnnpack or portable"
+            )
+        if self.delegate in _OF_ENCODERS and any(part.name == "decoder" for part in model.components):
+            raise EdgeError(
+                f"delegate {self.delegate} takes encoders only in this version and the model has a decoder; "
+                f"use {_OF_ENCODERS[self.delegate]}"
             )
         refuse_palettes(plan, "XNNPACK")
         heads = {
@@ -93,10 +102,10 @@ class ExecutorchTarget:
                 )
             if storage.is_float:
                 continue
-            if self.delegate == "portable" and (row.role == "linear" or row.name in heads):
+            if self.delegate != "xnnpack" and (row.role == "linear" or row.name in heads):
                 raise EdgeError(
-                    f"{row.name}: the plan asks for {storage}, and ExecuTorch's portable kernels multiply "
-                    "floats only; use --precision fp32, or --delegate xnnpack"
+                    f"{row.name}: the plan asks for {storage}, and delegate {self.delegate} multiplies "
+                    "floats only in this version; use --precision fp32, or --delegate xnnpack"
                 )
             if storage.bits == 4 and (not storage.block or storage.block % 32):
                 raise EdgeError(
@@ -136,7 +145,7 @@ class ExecutorchTarget:
             packed.append(weight)
             progress(min(len(packed), len(weights.plan.rows)), len(weights.plan.rows))
 
-        step, stand_ins = _step(model.prompt), StandIns()
+        step, stand_ins = _step(model.prompt), StandIns(are_filled=self.delegate in _OF_ENCODERS)
         programs = {
             METHODS[component.name]: trace(
                 component, weights, note, stand_ins, image=model.image, prompt=model.prompt, step=step
@@ -148,7 +157,7 @@ class ExecutorchTarget:
             _constants(model),
             directory / PROGRAM,
             stand_ins,
-            with_xnnpack=self.delegate == "xnnpack",
+            delegate=self.delegate,
         )
         report = {
             "delegate": self.delegate,

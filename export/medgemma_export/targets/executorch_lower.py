@@ -30,6 +30,7 @@ from torch.fx import Node
 from torch.fx.passes.infra.partitioner import Partition
 
 from medgemma_export.models.spec import Component
+from medgemma_export.targets.executorch_delegates import open_partitioner
 from medgemma_export.targets.executorch_file import write_program
 from medgemma_export.targets.executorch_layers import mark_names, write_layers
 from medgemma_export.targets.executorch_program import Constants
@@ -280,7 +281,7 @@ def lower_program(
     path: Path,
     stand_ins: StandIns,
     *,
-    with_xnnpack: bool,
+    delegate: str,
 ) -> dict[str, Share]:
     """Write exported methods as one program.
 
@@ -289,14 +290,13 @@ def lower_program(
         constants: What the methods that only return a constant return.
         path: The .pte file.
         stand_ins: The weights that methods hold stand-ins of.
-        with_xnnpack: Whether XNNPACK takes what it can.
+        delegate: What takes all it can, `portable` for nothing.
 
     Returns:
-        What XNNPACK took of each method. Beside the program, `layers.json` says where it shows its layers.
+        What the delegate took of each method. Beside the program, `layers.json` says where it shows its
+        layers.
     """
-    partitioners = {
-        name: [_Xnnpack(has_images=name in _OF_IMAGES)] if with_xnnpack else [] for name in programs
-    }
+    partitioners = {name: _partitioners(delegate, has_images=name in _OF_IMAGES) for name in programs}
     with _quiet(), torch.no_grad(), stand_ins.in_xnnpack():
         edge = to_edge_transform_and_lower(
             dict(programs),
@@ -311,10 +311,19 @@ def lower_program(
     without_weights = path.with_suffix(".lowered")
     with without_weights.open("wb") as file:
         lowered.write_to_file(file)
-    write_program(without_weights, path, stand_ins)
-    without_weights.unlink()
+    if stand_ins.weights:
+        write_program(without_weights, path, stand_ins)
+        without_weights.unlink()
+    else:
+        without_weights.rename(path)
     write_layers(path.parent, {name: lowered.exported_program(name) for name in programs})
     return shares
+
+
+def _partitioners(delegate: str, *, has_images: bool) -> list[Any]:
+    if delegate == "portable":
+        return []
+    return [_Xnnpack(has_images=has_images) if delegate == "xnnpack" else open_partitioner(delegate)]
 
 
 def _share(program: torch.export.ExportedProgram) -> Share:

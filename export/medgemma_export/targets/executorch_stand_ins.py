@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import ConstantDataOffset, XNNGraph
@@ -55,9 +56,15 @@ def late_array(name: str, array: NDArray[Any]) -> LateWeight:
 
 
 class StandIns:
-    """The stand-ins of a program, and the weights that they stand for."""
+    """The stand-ins of a program, and the weights that they stand for.
 
-    def __init__(self) -> None:
+    Args:
+        are_filled: Whether weights are put in at once and nothing stands for them, for delegates that keep
+            weights in a form of their own.
+    """
+
+    def __init__(self, *, are_filled: bool = False) -> None:
+        self._are_filled = are_filled
         self._by_mark: dict[bytes, LateWeight] = {}
 
     @property
@@ -67,6 +74,9 @@ class StandIns:
 
     def parameter(self, weight: LateWeight, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         """A stand-in, or the same memory once more: copies of a program share it."""
+        if self._are_filled:
+            content = np.concatenate([piece.reshape(-1) for piece in weight.pieces()])
+            return nn.Parameter(torch.from_numpy(content).view(dtype).view(shape), requires_grad=False)
         self._by_mark.setdefault(weight.mark, weight)
         # The system gives pages of what is empty when they are written to.
         memory = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8)

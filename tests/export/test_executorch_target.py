@@ -155,7 +155,7 @@ def test_the_emulation_equals_the_kernel(storage, tmp_path):
     # XNNPACK's own packing of weights that were there all along.
     whole, path = replace(weight, values=torch.from_numpy(tensor.values)), tmp_path / "whole.pte"
     exported = torch.export.export(Product(whole), (x,), strict=False)
-    lower_program({"forward": exported}, {}, path, StandIns(), with_xnnpack=True)
+    lower_program({"forward": exported}, {}, path, StandIns(), delegate="xnnpack")
     assert torch.equal(Runtime.get().load_program(path).load_method("forward").execute([x])[0], actual)
     # What the comparison would miss if activations were left alone.
     assert (actual - x @ torch.from_numpy(tensor.dequantize()).T).abs().max() > 1e-2

@@ -240,6 +240,8 @@ class ChannelOps:
 
     def output(self, x: Var, name: str) -> Var:
         """A result as float32 [S, C], under the name that is declared."""
+        if x.shape[3] == 1:
+            return self.mil.output(self.mil.op("reshape", x=x, shape=[1, x.shape[1]]), name)
         rows = self.mil.op("reshape", x=x, shape=[x.shape[1], x.shape[3]])
         return self.mil.output(self.mil.op("transpose", x=rows, perm=[1, 0]), name)
 

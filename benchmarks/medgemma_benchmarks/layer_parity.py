@@ -4,7 +4,6 @@ The reference holds the residual stream between the layers of a few inputs. The 
 on the same inputs, and shows the same values; an error stays small until the layer that makes it.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from medgemma_benchmarks.bundle import ReferenceBundle
 from medgemma_benchmarks.bundle_record import ReferencePrompt
 from medgemma_benchmarks.judge import Judge, compare_component
-from medgemma_benchmarks.parity_inputs import ParityError
+from medgemma_benchmarks.parity_inputs import ParityError, residual_scale
 from medgemma_benchmarks.parity_report import LayerParity
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends import open_session
@@ -86,7 +85,7 @@ def check_layers(
             progress(f"running {component} layer by layer", number, len(recorded))
         states = bundle.arrays[f"{component}.layers"]
         names = layer_names(states.shape[1] - 1)
-        scale = _residual_scale(artifact) if component == "decoder" else 1.0
+        scale = residual_scale(artifact) if component == "decoder" else 1.0
         if component == "decoder":
             items = _decoder_states(artifact, bundle, names, threads, arithmetic)
         else:
@@ -94,12 +93,6 @@ def check_layers(
         found[component] = _compare(names, list(items), states * np.float32(scale), scale)
         judge.layers(component, found[component])
     return found
-
-
-def _residual_scale(artifact: Artifact) -> float:
-    """What the stream of an artifact's decoder is multiplied by, a power of two."""
-    plan = artifact.path(artifact.manifest.quantization.plan).read_text(encoding="utf-8")
-    return float(json.loads(plan)["residual_scale"])
 
 
 def _compare(

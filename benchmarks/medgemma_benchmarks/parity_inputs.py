@@ -1,5 +1,6 @@
 """How every comparison with a reference begins: do the two belong together, and are the pixels equal?"""
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -10,11 +11,12 @@ from medgemma_benchmarks.bundle_record import BundleRecord
 from medgemma_benchmarks.gates import Question, Subject
 from medgemma_benchmarks.judge import Judge
 from medgemma_benchmarks.metrics import max_abs_error
+from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.images import normalize, resize
 from medgemma_runtime.manifest import ImageSpec, Manifest
 
-__all__ = ["ParityError", "find_question", "shown_names", "check_pixels"]
+__all__ = ["ParityError", "find_question", "residual_scale", "shown_names", "check_pixels"]
 
 
 class ParityError(EdgeError):
@@ -52,6 +54,12 @@ def find_question(manifest: Manifest, record: BundleRecord) -> Question:
             )
         return "packing"
     return "lowering" if manifest.precision == "fp32" else "scheme"
+
+
+def residual_scale(artifact: Artifact) -> float:
+    """What an artifact's decoder and the image features for it are multiplied by, a power of two."""
+    plan = artifact.path(artifact.manifest.quantization.plan).read_text(encoding="utf-8")
+    return float(json.loads(plan)["residual_scale"])
 
 
 def shown_names(record: BundleRecord, *, show_images: bool) -> list[str]:

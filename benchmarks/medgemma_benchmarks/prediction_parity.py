@@ -25,7 +25,7 @@ from medgemma_benchmarks.gates import Gates, load_gates, worst
 from medgemma_benchmarks.identity import describe_artifact
 from medgemma_benchmarks.judge import Judge, compare_component
 from medgemma_benchmarks.layer_parity import check_layers
-from medgemma_benchmarks.parity_inputs import ParityError, check_pixels, find_question
+from medgemma_benchmarks.parity_inputs import ParityError, check_pixels, find_question, residual_scale
 from medgemma_benchmarks.parity_report import (
     ComponentParity,
     LayerParity,
@@ -195,7 +195,10 @@ def _run_vision(
         for pixels in bundle.arrays["vision.pixel_values"]:
             steps.take("running vision")
             rows.append(session.run({"pixel_values": pixels[None]})["image_features"])
-    return compare_component(actual=np.concatenate(rows), reference=bundle.arrays["vision.image_features"])
+    return compare_component(
+        actual=np.concatenate(rows) / residual_scale(artifact),
+        reference=bundle.arrays["vision.image_features"],
+    )
 
 
 def _check_tokens(
@@ -242,6 +245,8 @@ def _run_decoder(
         decoder = Decoder(embed, session, spec)
         for number, recorded in enumerate(recorded_prompts(bundle), start=1):
             prompt, ids, features = recorded.prompt, recorded.ids, recorded.image_features
+            if features is not None:
+                features = features * residual_scale(artifact)
             blocks = image_blocks(ids, spec.image_id)
             try:
                 written = predict(

@@ -44,7 +44,7 @@ _SMALL_FILES_BYTES = 64 << 20
 _REST_BYTES = 64 << 20
 # PyTorch and ExecuTorch's exporter, and what they note of a matrix's surroundings; 270M and 4B were measured.
 _EXPORTER_BYTES = 512 << 20
-_TRACED_BYTES = 2 << 20
+_TRACED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

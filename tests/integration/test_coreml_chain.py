@@ -1,11 +1,14 @@
 """A Core ML decoder in parts behind the commands that take any artifact: parity and generate."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("medgemma_export.targets.coreml_mil")
 
+from medgemma_benchmarks import prediction_parity
 from medgemma_benchmarks.bundle import open_bundle
 from medgemma_benchmarks.prediction_parity import check_predictions
 from medgemma_export.build import build
@@ -29,13 +32,13 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """The sample in float16, three layers to a part, and what transformers predicts in float32."""
+    """The sample in float16 and scaled, three layers to a part, and what transformers predicts in float32."""
     directory = tmp_path_factory.mktemp("chain")
     recipe = Recipe(
         model=tiny_prompts.MODEL,
         revision=None,
         target="coreml",
-        scheme=choose_target("coreml", units="ane").scheme("fp16"),
+        scheme=replace(choose_target("coreml", units="ane").scheme("fp16"), residual_scale=0.25),
         components=(),
         out=directory / "artifact",
         context=192,
@@ -59,6 +62,14 @@ def test_parity_with_transformers_over_images_chunks_and_the_windows_edge(work, 
     assert report.verdict == "PASS"
     for found in report.predictions.values():
         assert found.kl_mean < 1e-5  # 3e-6 and less were measured; float16 rounds weights and caches
+
+
+def test_a_scaled_stream_wants_scaled_image_features(work, monkeypatch):
+    monkeypatch.setattr(prediction_parity, "residual_scale", lambda artifact: 1.0)
+    report = check(work)
+    failed = {check.subject for check in report.checks if check.verdict == "FAIL"}
+    assert {"vision", "decoder"} <= failed
+    assert report.predictions["decoder"].kl_mean > 1e-3
 
 
 def test_a_lost_column_of_a_cache_fails(work, monkeypatch):

@@ -85,9 +85,7 @@ def export(
     ] = None,
     delegate: Annotated[
         Delegate | None,
-        typer.Option(
-            help="Who computes in an ExecuTorch program; xnnpack if left. coreml and openvino take encoders."
-        ),
+        typer.Option(help="Who computes in an ExecuTorch program; xnnpack if left. coreml takes encoders."),
     ] = None,
     method: Annotated[MethodName, typer.Option(help="How integers are found.")] = "rtn",
     calibration: Annotated[

@@ -59,7 +59,7 @@ def test_what_the_command_line_offers_is_taken(medgemma, model, precision):
         ),
         (SCHEMES["int4"], "qnn", "QNN_SDK_ROOT"),
         (SCHEMES["int4"], "vulkan", "glslc"),
-        (SCHEMES["fp32"], "openvino", "takes encoders only in this version"),
+        (SCHEMES["int4"], "openvino", "executorch[openvino]"),
         (SCHEMES["fp32"], "coreml", "--target coreml"),
     ],
 )
@@ -67,19 +67,18 @@ def test_what_cannot_be_is_refused_with_its_remedy(medgemma, scheme, delegate, m
     assert message in refusal(medgemma, scheme, delegate)
 
 
-@pytest.mark.parametrize("delegate", ["coreml", "openvino"])
-def test_delegates_of_encoders_take_floats_only(model, delegate):
-    ExecutorchTarget(delegate=delegate).check(model, make_plan(SCHEMES["fp32"], model.weights()))
+def test_core_ml_takes_floats_only(model):
+    ExecutorchTarget(delegate="coreml").check(model, make_plan(SCHEMES["fp32"], model.weights()))
     scheme = ExecutorchTarget().scheme("int8")
-    assert f"delegate {delegate} multiplies floats only" in refusal(model, scheme, delegate)
+    assert "delegate coreml multiplies floats only" in refusal(model, scheme, "coreml")
 
 
-def test_a_delegate_without_its_package_is_refused(monkeypatch):
-    from medgemma_export.targets.executorch_delegates import open_partitioner
+def test_core_ml_without_its_package_is_refused(monkeypatch):
+    from medgemma_export.targets.executorch_coreml import coreml_partitioner
 
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(EdgeError, match="lowers with the package openvino, which is not installed; pip inst"):
-        open_partitioner("openvino")
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    with pytest.raises(EdgeError, match="coremltools"):
+        coreml_partitioner()
 
 
 @pytest.mark.parametrize(

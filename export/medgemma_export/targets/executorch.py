@@ -47,12 +47,8 @@ _ELSEWHERE = {
     "with it, and calibrated activations",
     "vulkan": "ExecuTorch's lowering to Vulkan stops at attention without a cache and at attention with a "
     "mask, and its runtime is built with the Vulkan SDK's glslc (vulkan.lunarg.com)",
-}
-
-# Delegates that take encoders in float32, tried with ExecuTorch 1.5.1, and what else takes decoders.
-_OF_ENCODERS = {
-    "coreml": "--target coreml, which writes Core ML packages with the same integers",
-    "openvino": "--delegate xnnpack, or --target onnx, which ONNX Runtime runs on Intel's processors",
+    "openvino": "the OpenVINO before 2026 that ExecuTorch 1.5.1 runs (pip install 'executorch[openvino]') "
+    "needs an nncf that does not import with PyTorch 2.13, and it crashes on what OpenVINO 2026 compiles",
 }
 
 
@@ -61,8 +57,8 @@ class ExecutorchTarget:
     """See `Target`.
 
     Attributes:
-        delegate: Who computes: `xnnpack`; `portable` for ExecuTorch's own kernels alone; `coreml` or
-            `openvino`, which take encoders in float32.
+        delegate: Who computes: `xnnpack`; `portable` for ExecuTorch's own kernels alone; `coreml`,
+            which takes encoders in float32.
     """
 
     cuts_tables: ClassVar[bool] = False
@@ -78,12 +74,12 @@ class ExecutorchTarget:
         if self.delegate in _ELSEWHERE:
             raise EdgeError(
                 f"delegate {self.delegate} is not lowered to by this version: {_ELSEWHERE[self.delegate]}; "
-                "or use --delegate xnnpack or portable"
+                "or use --delegate xnnpack, coreml or portable"
             )
-        if self.delegate in _OF_ENCODERS and any(part.name == "decoder" for part in model.components):
+        if self.delegate == "coreml" and any(part.name == "decoder" for part in model.components):
             raise EdgeError(
-                f"delegate {self.delegate} takes encoders only in this version and the model has a decoder; "
-                f"use {_OF_ENCODERS[self.delegate]}"
+                "delegate coreml takes encoders only in this version and the model has a decoder; use "
+                "--target coreml, which writes Core ML packages with the same integers"
             )
         refuse_palettes(plan, "XNNPACK")
         heads = {
@@ -145,7 +141,7 @@ class ExecutorchTarget:
             packed.append(weight)
             progress(min(len(packed), len(weights.plan.rows)), len(weights.plan.rows))
 
-        step, stand_ins = _step(model.prompt), StandIns(are_filled=self.delegate in _OF_ENCODERS)
+        step, stand_ins = _step(model.prompt), StandIns(are_filled=self.delegate == "coreml")
         programs = {
             METHODS[component.name]: trace(
                 component, weights, note, stand_ins, image=model.image, prompt=model.prompt, step=step

@@ -30,7 +30,7 @@ from torch.fx import Node
 from torch.fx.passes.infra.partitioner import Partition
 
 from medgemma_export.models.spec import Component
-from medgemma_export.targets.executorch_delegates import open_partitioner
+from medgemma_export.targets.executorch_coreml import coreml_partitioner
 from medgemma_export.targets.executorch_file import write_program
 from medgemma_export.targets.executorch_layers import mark_names, write_layers
 from medgemma_export.targets.executorch_program import Constants
@@ -323,7 +323,7 @@ def lower_program(
 def _partitioners(delegate: str, *, has_images: bool) -> list[Any]:
     if delegate == "portable":
         return []
-    return [_Xnnpack(has_images=has_images) if delegate == "xnnpack" else open_partitioner(delegate)]
+    return [_Xnnpack(has_images=has_images) if delegate == "xnnpack" else coreml_partitioner()]
 
 
 def _share(program: torch.export.ExportedProgram) -> Share:

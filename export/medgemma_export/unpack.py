@@ -8,7 +8,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from medgemma_export.models.spec import Component
-from medgemma_export.targets.onnx_ops import JOINT
+from medgemma_export.targets.onnx_builder import JOINT
 from medgemma_quantization.affine import unpack_int4
 from medgemma_quantization.plan import PlanRow, QuantPlan
 from medgemma_quantization.weights import QuantizedWeights, keep_integers

@@ -274,6 +274,13 @@ def test_activations_that_are_of_no_use_name_the_layer(subject, tmp_path, value,
         subject.calibrate(tmp_path / "weights", read=read)
 
 
+def test_a_token_that_the_table_does_not_have_is_refused(subject, tmp_path):
+    sample = replace(subject.samples[0], ids=subject.samples[0].ids.copy())
+    sample.ids[3] = 70_000
+    with pytest.raises(EdgeError, match=r"has the token 70000 and .*embed_tokens has \d+ rows"):
+        subject.calibrate(tmp_path / "weights", samples=[sample])
+
+
 def test_a_model_without_predictions_cannot_be_measured(tmp_path):
     checkpoint = open_checkpoint("sample:medsiglip-tiny")
     model = load_model(checkpoint)

@@ -202,7 +202,7 @@ def test_the_packages_carry_the_integers_of_the_plan_once(exported):
         assert part.name == name
         compare_package(artifact.directory / entry.program, part, weights)
     compare_package(package_of(artifact, "vision"), components["vision"], weights)
-    compare_rows(package_of(artifact, "embed"), weights, table=TABLE)
+    compare_rows(package_of(artifact, "embed"), weights, tables=[TABLE])
     total = sum(file.size_bytes for file in artifact.manifest.files if file.path.endswith("weight.bin"))
     planned = sum(row.stored_bits for row in weights.plan.rows) / 8
     assert planned < total < planned + 3 * 128 * len(weights.plan.rows)

@@ -53,6 +53,7 @@ def test_the_names_in_swift_are_those_of_a_package(tmp_path):
     assert keys(source, "LayerRows") == set(facts["local"]) == set(facts["global"])
     described = json.loads((artifact.directory / "coreml/embedding.json").read_text())
     assert keys(source, "EmbeddingFile") == set(described)
+    assert keys(source, "EmbeddingPiece") == set(described["pieces"][0])
 
 
 def test_no_other_file_of_the_example_spells_a_name():

@@ -9,7 +9,7 @@ import pytest
 from medgemma_export.build import build, decide
 from medgemma_export.recipe import Recipe
 from medgemma_export.reference.exact_program import write_exact_program
-from medgemma_export.targets import onnx_ops
+from medgemma_export.targets import onnx_builder
 from medgemma_export.torch_ops import compute
 from medgemma_export.unpack import compare_integers
 from medgemma_quantization.scheme import SCHEMES
@@ -227,8 +227,8 @@ def test_a_large_table_is_multiplied_in_pieces_of_the_same_bytes(exported, tmp_p
     artifact, components, weights, directory = exported
     if artifact.manifest.precision != "int4":
         pytest.skip("large tables are int4 or int8 in blocks")
-    monkeypatch.setattr(onnx_ops, "_PIECE_BYTES", 16_000)
-    monkeypatch.setattr(onnx_ops, "_PIECE_ROWS", 64)
+    monkeypatch.setattr(onnx_builder, "_PIECE_BYTES", 16_000)
+    monkeypatch.setattr(onnx_builder, "_PIECE_ROWS", 64)
     recipe = Recipe(
         model=MODEL,
         revision=None,

@@ -90,7 +90,7 @@ def test_what_is_predicted_of_calibration_is_what_it_takes(tmp_path):
     """A layer of 3,072 inputs: second moment, drift and factors are 340 MB, and all else is small."""
     directory = tmp_path / "model"
     config = transformers.Gemma3TextConfig(
-        vocab_size=600,
+        vocab_size=1832,
         hidden_size=64,
         intermediate_size=3072,
         num_hidden_layers=1,

@@ -33,6 +33,7 @@ from medgemma_export.ops import (
 )
 from medgemma_export.torch_ops import TorchOps
 from medgemma_quantization.weights import ReadWeight
+from medgemma_runtime.errors import EdgeError
 
 __all__ = ["LockstepOps", "Samples", "SampleStore", "Memo", "Meet"]
 
@@ -328,7 +329,16 @@ class LockstepOps:
         self.meet(tuple(f"{weight.name}.weight" for weight in weights), x)
 
     def _gather(self, wanted: Tensor, table: Table) -> list[Tensor]:
-        """The wanted rows of a table in each model, [wanted, width]."""
+        """The wanted rows of a table in each model, [wanted, width].
+
+        Raises:
+            EdgeError: If the table does not have them all.
+        """
+        if int(wanted.max()) >= table.rows:
+            raise EdgeError(
+                f"a sample has the token {int(wanted.max())} and {table.name} has {table.rows} rows; give "
+                "the checkpoint the tokenizer that it was trained with"
+            )
         found = [torch.empty(len(wanted), table.width) for _ in self.models]
         for piece in table.pieces:
             for start in range(piece.start, piece.stop, _TABLE_ROWS):

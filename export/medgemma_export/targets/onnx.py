@@ -23,9 +23,10 @@ import onnx_ir as ir
 
 from medgemma_export.external_data import ExternalData
 from medgemma_export.models.spec import Component, ModelSpec
+from medgemma_export.targets.onnx_builder import DOMAIN, OnnxBuilder
 from medgemma_export.targets.onnx_genai import write_genai_files
 from medgemma_export.targets.onnx_js import write_js_files
-from medgemma_export.targets.onnx_ops import DOMAIN, OnnxOps
+from medgemma_export.targets.onnx_ops import OnnxOps
 from medgemma_quantization.plan import PackedWeight, QuantPlan, refuse_palettes
 from medgemma_quantization.scheme import INT8_BLOCKS, SCHEMES, Scheme, SchemeName
 from medgemma_quantization.weights import QuantizedWeights
@@ -157,15 +158,16 @@ def _lower_component(
 ) -> None:
     inputs = {spec.name: _input(spec) for spec in component.inputs}
     with ExternalData(path.with_name(path.name + "_data"), shared) as data:
-        ops = OnnxOps(weights=weights, data=data, note=note)
+        builder = OnnxBuilder(weights=weights, data=data, note=note)
+        ops = OnnxOps(onnx=builder)
         outputs = component.forward(ops, inputs)
     graph_outputs = [ops.output(outputs[spec.name], _value(spec)) for spec in component.outputs]
     graph = ir.Graph(
         list(inputs.values()),
         graph_outputs,
-        nodes=ops.nodes,
+        nodes=builder.nodes,
         # An input that is an initializer too may be left out: stock runtimes do not know it.
-        initializers=[*ops.initializers, *(value for value in inputs.values() if value.const_value)],
+        initializers=[*builder.initializers, *(value for value in inputs.values() if value.const_value)],
         opset_imports={"": ops.opset, DOMAIN: 1},
         name=component.name,
     )

@@ -46,14 +46,26 @@ struct LayerRows: Decodable {
     }
 }
 
-/// `embedding.json`: where the rows of the embedding lie.
+/// `embedding.json`: where the rows of the embedding lie, in the order of their ids.
 struct EmbeddingFile: Decodable {
-    let rows: Int
     let width: Int
-    let bits: Int
-    let block: Int
     let scale: Float
     let imageID: Int?
+    let pieces: [EmbeddingPiece]
+
+    enum CodingKeys: String, CodingKey {
+        case width = "width"
+        case scale = "scale"
+        case imageID = "image_id"
+        case pieces = "pieces"
+    }
+}
+
+/// Consecutive rows that are stored alike.
+struct EmbeddingPiece: Decodable {
+    let rows: Int
+    let bits: Int
+    let block: Int
     let file: String
     let valuesOffset: Int
     let scalesOffset: Int?
@@ -61,11 +73,8 @@ struct EmbeddingFile: Decodable {
 
     enum CodingKeys: String, CodingKey {
         case rows = "rows"
-        case width = "width"
         case bits = "bits"
         case block = "block"
-        case scale = "scale"
-        case imageID = "image_id"
         case file = "file"
         case valuesOffset = "values_offset"
         case scalesOffset = "scales_offset"

@@ -25,8 +25,8 @@ demo: $(VENV)/.installed
 	for precision in fp32 int8 int4; do \
 	  medgemma-export --target onnx --model $(MODEL) --precision $$precision --out $(OUT)/$$precision || exit; \
 	done
-	medgemma-reference record --model $(MODEL) --out $(OUT)/reference
-	medgemma-parity $(OUT)/fp32 --reference $(OUT)/reference --out $(OUT)/parity-fp32.json
+	medgemma-reference record --model $(MODEL) --per-layer --out $(OUT)/reference
+	medgemma-parity $(OUT)/fp32 --reference $(OUT)/reference --per-layer --out $(OUT)/parity-fp32.json
 	for precision in int8 int4; do \
 	  medgemma-reference packing $(OUT)/$$precision --model $(MODEL) --reference $(OUT)/reference \
 	    --out $(OUT)/packing-$$precision && \
@@ -49,6 +49,10 @@ demo: $(VENV)/.installed
 	medgemma-export --target coreml --model sample:medgemma-tiny --scheme mobile --context 512 \
 	  --out $(OUT)/medgemma-coreml
 	medgemma-run inspect $(OUT)/medgemma-coreml
+	medgemma-reference coreml $(OUT)/medgemma-coreml
+	medgemma-export --target coreml --units ane --model sample:medgemma-tiny --precision int8 --context 512 \
+	  --out $(OUT)/medgemma-ane
+	medgemma-run generate $(OUT)/medgemma-ane --max-tokens 4 --prompt "Findings?"
 	medgemma-export --target executorch --model $(MODEL) --precision int8 --out $(OUT)/executorch
 	medgemma-parity $(OUT)/executorch --reference $(OUT)/reference --out $(OUT)/parity-executorch.json
 	medgemma-report $(OUT)/medgemma-parity.json $(OUT)/medgemma-quantization.json --out $(OUT)/report-medgemma

@@ -57,7 +57,7 @@ def recipe(scheme, out):
     )
 
 
-@pytest.fixture(scope="module", params=["fp16", "int8", "lut6", "lut4"])
+@pytest.fixture(scope="module", params=["fp16", "int8", "lut6"])
 def exported(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     request_ = recipe(replace(TARGET.scheme(request.param), residual_scale=0.5), directory / "artifact")

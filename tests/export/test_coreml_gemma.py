@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("medgemma_export.targets.coreml_mil")
 
-import torch
 
 from medgemma_export.build import build, decide
 from medgemma_export.recipe import Recipe
@@ -25,6 +24,7 @@ from medgemma_runtime.backends.mil_session import MilSession
 from medgemma_runtime.errors import ArtifactError, EdgeError
 from medgemma_runtime.static_cache import StaticCache, read_sizes
 from tests.export.coreml_spec import narrow_or_not_finite
+from tests.export.uncached_decoder import expected_logits
 
 TARGET = TARGETS["coreml"]
 MODEL = "sample:medgemma-tiny"
@@ -82,24 +82,6 @@ class StoredScale(TorchOps):
         return super().cached_attention(q, k, v, past_key, past_value, mask, heads, scale)
 
 
-def expected_logits(components, weights, conversation, count):
-    """The module on the first so many tokens at once, without any cache."""
-    embeddings, blocks = conversation
-    feeds = {
-        "inputs_embeds": embeddings[None, :count],
-        "position_ids": np.arange(count)[None],
-        "image_blocks": blocks[None, :count],
-        "attention_mask": np.ones((1, count), np.int64),
-        "local_start": np.array([0]),
-    }
-    for spec in components["decoder"].inputs:
-        if spec.name.startswith("past"):
-            feeds[spec.name] = np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32)
-    with torch.inference_mode():
-        tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-        return components["decoder"].forward(StoredScale(weights=weights), tensors)["logits"].numpy()
-
-
 def teacher_forced(program, conversation, *, mode="fp32", total=TOTAL, dtype=np.float32):
     """After each chunk of the prompt and each token that follows: how many were read, and the logits."""
     embeddings, blocks = conversation
@@ -120,7 +102,9 @@ def test_chunks_and_single_tokens_equal_the_module(exported, conversation):
     assert [step.stop for step in steps] == [3, 19, 26, 42, 53, 69, 70]
     for count, logits in teacher_forced(program, conversation):
         if count <= PROMPT or count % 8 == 0 or count == TOTAL:
-            expected = expected_logits(components, weights, conversation, count)
+            expected = expected_logits(
+                components["decoder"], StoredScale(weights=weights), conversation, count
+            )
             assert np.abs(logits - expected).max() < 1e-4, count
 
 
@@ -131,7 +115,7 @@ def test_float16_is_finite_and_close(exported, conversation):
     for mode in ("fp16", "fp16_accumulate"):
         dtype = np.float16 if weights.plan.activations == "float16" else np.float32
         [*_, (_, logits)] = teacher_forced(program, conversation, mode=mode, total=last, dtype=dtype)
-        expected = expected_logits(components, weights, conversation, last)
+        expected = expected_logits(components["decoder"], StoredScale(weights=weights), conversation, last)
         # 56 dB and more were measured; a program in float32 rounds its caches only.
         assert 10 * np.log10((expected**2).sum() / ((logits - expected) ** 2).sum()) > 48
 

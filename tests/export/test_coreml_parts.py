@@ -9,7 +9,6 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("medgemma_export.targets.coreml_mil")
 
-import torch
 
 from medgemma_export.build import build, decide
 from medgemma_export.recipe import Recipe
@@ -25,6 +24,7 @@ from medgemma_runtime.errors import ArtifactError, EdgeError
 from medgemma_runtime.host_cache import HostCache
 from medgemma_runtime.static_cache import read_sizes
 from tests.export.coreml_spec import narrow_or_not_finite
+from tests.export.uncached_decoder import expected_logits
 
 TARGET = choose_target("coreml", units="ane")
 MODEL = "sample:medgemma-tiny"
@@ -96,24 +96,6 @@ class StoredScale(TorchOps):
         return super().cached_attention(q, k, v, past_key, past_value, mask, heads, scale)
 
 
-def expected_logits(components, weights, conversation, count):
-    """The module on the first so many tokens at once, without any cache."""
-    embeddings, blocks = conversation
-    feeds = {
-        "inputs_embeds": embeddings[None, :count],
-        "position_ids": np.arange(count)[None],
-        "image_blocks": blocks[None, :count],
-        "attention_mask": np.ones((1, count), np.int64),
-        "local_start": np.array([0]),
-    }
-    for spec in components["decoder"].inputs:
-        if spec.name.startswith("past"):
-            feeds[spec.name] = np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32)
-    with torch.inference_mode():
-        tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-        return components["decoder"].forward(StoredScale(weights=weights), tensors)["logits"].numpy()
-
-
 class Chain:
     """The parts run as a host runs them, with caches of float32 or as wide as the programs say."""
 
@@ -154,7 +136,9 @@ def test_the_parts_together_equal_the_module(exported, conversation):
     assert chain.cache.arrays["key_cache_0"].shape[3] == 32  # the window, so the ring begins again twice
     for count, logits in teacher_forced(chain, conversation):
         if count <= PROMPT or count % 8 == 0 or count == TOTAL:
-            expected = expected_logits(components, weights, conversation, count)
+            expected = expected_logits(
+                components["decoder"], StoredScale(weights=weights), conversation, count
+            )
             assert np.abs(logits - expected).max() < 1e-4, count
 
 
@@ -162,7 +146,7 @@ def test_the_parts_together_equal_the_module(exported, conversation):
 def test_float16_is_finite_and_close(exported, conversation):
     artifact, components, weights = exported
     last = PROMPT + 4
-    expected = expected_logits(components, weights, conversation, last)
+    expected = expected_logits(components["decoder"], StoredScale(weights=weights), conversation, last)
     for mode in ("fp16", "fp16_accumulate"):
         chain = Chain(artifact, mode=mode, dtype=np.float16)
         [*_, (_, logits)] = teacher_forced(chain, conversation, total=last)
@@ -182,7 +166,7 @@ def test_a_session_runs_the_parts_in_order(exported, conversation):
             "image_blocks": blocks[None, start:stop],
         }
         logits = session.run(given)["logits"]
-        expected = expected_logits(components, weights, conversation, stop)
+        expected = expected_logits(components["decoder"], StoredScale(weights=weights), conversation, stop)
         assert logits.shape == expected.shape
         # The host holds keys and values as float16.
         assert 10 * np.log10((expected**2).sum() / ((logits - expected) ** 2).sum()) > 48

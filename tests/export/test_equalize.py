@@ -365,7 +365,7 @@ class TestBuild:
         )
         labels = (ReferenceLabel(name="a", caption="a"), ReferenceLabel(name="b", caption="b"))
         out = tmp_path_factory.mktemp("reference") / "float"
-        record_reference("sample:medsiglip-tiny", out, images=(shown,), labels=labels)
+        record_reference("sample:medsiglip-tiny", out, images=(shown,), labels=labels, per_layer=True)
         return out
 
     @staticmethod

@@ -102,7 +102,10 @@ def record_packing(
     read = spec.reader(checkpoint)
     if method.factors is not None:
         read = read_factors(artifact_directory, planned_folds(spec, plan)).reader(read)
-    arrays: dict[str, NDArray[np.generic]] = dict(bundle.arrays)
+    # Layers are recorded of the float model; a packing reference holds none.
+    arrays: dict[str, NDArray[np.generic]] = {
+        name: array for name, array in bundle.arrays.items() if not name.endswith(".layers")
+    }
     programs: dict[str, Path] = {}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
         if method.sees_inputs and manifest.quantization.calibration is not None:

@@ -1,7 +1,8 @@
-"""Hashes of an artifact's integers: artifacts whose files are equal carry the same, whatever their targets.
+"""Hashes of the integers that were made for an artifact, equal for all targets of one plan.
 
-They are taken of the integers as they were made, before a target packs them; so they also say, of integers
-that samples had a part in and that nobody can make again from the checkpoint alone, what they were.
+They are taken before a target packs the integers. So equal files do not prove what two artifacts carry: that
+each carries what was made for it, `compare_hashes` asks of integers read back, as packing references do. Of
+integers that samples had a part in, which nobody can make again from the checkpoint alone, they are the record.
 """
 
 import hashlib

@@ -106,7 +106,7 @@ def test_what_a_target_ships_are_the_integers_that_were_made(subject, tmp_path, 
         compare(name, program, model.components[0], replace(weights, directory=other))
 
 
-def test_two_exports_apart_carry_the_same_integers_and_their_files_say_so(tmp_path):
+def test_two_exports_apart_make_the_same_integers_and_their_files_say_so(tmp_path):
     found = []
     for name in ("onnx", "coreml"):
         if find_spec(INSTALLED[name]) is None:

@@ -2,7 +2,7 @@
 
 They are taken before a target packs the integers. So equal files do not prove what two artifacts carry: that
 each carries what was made for it, `compare_hashes` asks of integers read back, as packing references do. Of
-integers that samples had a part in, which nobody can make again from the checkpoint alone, they are the record.
+integers that samples had a part in, which nobody can make again from the checkpoint, they are the record.
 """
 
 import hashlib

@@ -19,7 +19,7 @@ from medgemma_export.calibration.integers import make_integers  # noqa: E402
 from medgemma_export.calibration.sensitivity import measure_sensitivity  # noqa: E402
 from medgemma_export.checkpoint import open_checkpoint  # noqa: E402
 from medgemma_export.recipe import Recipe  # noqa: E402
-from medgemma_export.torch_ops import compute  # noqa: E402
+from medgemma_export.torch_ops import TorchOps, compute  # noqa: E402
 from medgemma_export.unpack import compare_integers  # noqa: E402
 from medgemma_quantization import row_pieces  # noqa: E402
 from medgemma_quantization.budget import Budget, Sensitivity, Share  # noqa: E402
@@ -250,7 +250,8 @@ def test_core_ml_looks_up_and_multiplies_every_piece(recipe, tmp_path):
     from medgemma_export.targets.coreml_unpack import compare_package, compare_rows
     from medgemma_runtime.backends.embedding_rows import EmbeddingRows
     from medgemma_runtime.backends.mil import MilProgram
-    from tests.export.test_coreml_gemma import expected_logits, teacher_forced
+    from tests.export.test_coreml_gemma import teacher_forced
+    from tests.export.uncached_decoder import expected_logits
 
     scheme = replace(SCHEMES["int4"], activations="float")
     recipe = replace(recipe, target="coreml", scheme=scheme, context=112)
@@ -272,7 +273,7 @@ def test_core_ml_looks_up_and_multiplies_every_piece(recipe, tmp_path):
     rng = np.random.default_rng(5)
     conversation = rng.normal(size=(3, found.shape[-1])).astype(np.float32), np.full(3, -1)
     [(count, logits), *_] = teacher_forced(MilProgram.open(package), conversation, total=3)
-    expected = expected_logits(components, weights, conversation, count)
+    expected = expected_logits(decoder, TorchOps(weights=weights), conversation, count)
     assert logits.shape == expected.shape == (1, 1, rows)
     assert np.abs(logits - expected).max() < 1e-4
 

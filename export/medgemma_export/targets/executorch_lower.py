@@ -67,8 +67,13 @@ class _Xnnpack(XnnpackPartitioner):  # type: ignore[misc]
     def ops_to_not_decompose(
         self, program: torch.export.ExportedProgram
     ) -> tuple[list[torch._ops.OpOverload], None]:
-        """Without the test of each node, for which the whole program would be traced twice more."""
-        return [torch.ops.aten.linear.default], None
+        """Without the test of each node, for which the whole program would be traced twice more.
+
+        Before it is lowered, with sizes of tensors, which are decomposed into themselves: where
+        `ExecutorchOps` calls core operators only, the program need not be traced for it at all.
+        """
+        kept = [torch.ops.aten.linear.default]
+        return kept if program.dialect == "EDGE" else [*kept, torch.ops.aten.sym_size.int], None
 
     def generate_partitions(self, program: torch.export.ExportedProgram) -> list[Partition]:
         """Cut the program at kernels only: what follows the same number of them goes together.
@@ -297,13 +302,15 @@ def lower_program(
         layers.
     """
     partitioners = {name: _partitioners(delegate, has_images=name in _OF_IMAGES) for name in programs}
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
     with _quiet(), torch.no_grad(), stand_ins.in_xnnpack():
         edge = to_edge_transform_and_lower(
             dict(programs),
             partitioner=partitioners,
             constant_methods=dict(constants),
-            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            compile_config=config,
         )
+        edge.compile_config = config  # which `to_backend` forgets: orders of axes would be checked once more
         shares = {name: _share(edge.exported_program(name)) for name in programs}
         lowered = edge.to_executorch(
             ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=False))

@@ -11,6 +11,8 @@ What XNNPACK cannot take splits a program, and every split costs a thread start.
   sees and nothing else; several tokens have a copy made and a mask. Both are computed, each of almost nothing
   where the other counts, because a branch would cut the program;
 - what several matrices multiply is rounded to int8 once;
+- every operator is one of ExecuTorch's core operators, also where PyTorch has a shorter word: what has to be
+  decomposed has the whole program traced once more;
 - there is no batch axis: the strides of [S, H] do not depend on S, which spares the exporter much arithmetic.
 """
 
@@ -67,6 +69,7 @@ class Mask:
         length: L.
         start: All rows up to and with this one are what a single token sees.
         is_single: [1] float32, 1 for a single token and 0 for several.
+        is_several: [1] float32, 0 for a single token and 1 for several.
     """
 
     values: Tensor
@@ -75,6 +78,7 @@ class Mask:
     length: int
     start: int
     is_single: Tensor
+    is_several: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +141,9 @@ class ExecutorchOps:
     def patch_embedding(self, pixels: Tensor, weight: PatchEmbedding) -> Tensor:
         """See `Ops`."""
         kernel, bias = self.floats[f"{weight.name}.weight"], self.floats[f"{weight.name}.bias"]
-        patches = functional.conv2d(pixels, kernel, bias, stride=weight.patch)
-        return patches.view(weight.width, -1).t()
+        stride, none = (weight.patch, weight.patch), (0, 0)
+        patches = torch.convolution(pixels, kernel, bias, stride, none, (1, 1), False, none, 1)
+        return patches.view(weight.width, -1).permute(1, 0)
 
     def embed(self, ids: Tensor, table: Table) -> Tensor:
         """See `Ops`."""
@@ -164,7 +169,8 @@ class ExecutorchOps:
     def layer_norm(self, x: Tensor, weight: LayerNorm) -> Tensor:
         """See `Ops`."""
         gain, shift = self.floats[f"{weight.name}.weight"], self.floats[f"{weight.name}.bias"]
-        return functional.layer_norm(x, (weight.width,), gain, shift, weight.eps)
+        normed: Tensor = torch.native_layer_norm(x, (weight.width,), gain, shift, weight.eps)[0]
+        return normed
 
     def residual_add(self, x: Tensor, branch: Tensor) -> Tensor:
         """See `Ops`."""
@@ -210,8 +216,8 @@ class ExecutorchOps:
 
     def average_pool(self, x: Tensor, side: int, window: int) -> Tensor:
         """See `Ops`."""
-        grid = x.t().reshape(1, -1, side, side)
-        return functional.avg_pool2d(grid, window).view(x.shape[1], -1).t()
+        grid = x.permute(1, 0).reshape(1, -1, side, side)
+        return functional.avg_pool2d(grid, window).view(x.shape[1], -1).permute(1, 0)
 
     def join_batch(self, x: Tensor) -> Tensor:
         """See `Ops`."""
@@ -238,7 +244,8 @@ class ExecutorchOps:
     ) -> Mask:
         """See `Ops`. `blocks` are how many tokens of the same image follow, [S] float32."""
         new: int = positions.shape[0]
-        first: Any = positions[0].item()  # an integer that is known only when the program runs
+        # An integer that is known only when the program runs.
+        first: Any = torch.ops.aten._local_scalar_dense(positions[0])
         torch._check(first >= 0)  # type: ignore[no-untyped-call]
         torch._check(first + new <= self.context)  # type: ignore[no-untyped-call]
         are_several = torch.sym_min(new - 1, 1)  # type: ignore[no-untyped-call]
@@ -247,7 +254,7 @@ class ExecutorchOps:
             length = 1 + are_several * (first + new - 1)
             torch._check(length <= self.context)  # type: ignore[no-untyped-call]
             start, slots = first, positions
-            key = torch.arange(length)
+            key = torch.arange(0, length, 1)
         else:
             rows = min(self.context, window)
             # At least one, seen or not: strides of what may be empty have no order.
@@ -258,18 +265,19 @@ class ExecutorchOps:
             slots = torch.remainder(positions, rows)
             last = positions[:1] - 1
             # The sum is not negative: ExecuTorch's kernel has the remainder of C.
-            held = last - torch.remainder(last + rows - torch.arange(before), rows)
+            held = last - torch.remainder(last + rows - torch.arange(0, before, 1), rows)
             key = torch.cat((held, positions))
         seen = key[None] <= (positions + blocks.to(torch.int64))[:, None]
         if window is not None:
-            seen = seen & (positions[:, None] - key[None] < window)
+            seen = torch.bitwise_and(seen, positions[:, None] - key[None] < window)
         return Mask(
-            values=torch.where(seen, 0.0, _UNSEEN),
+            values=torch.where(seen, torch.scalar_tensor(0.0), torch.scalar_tensor(_UNSEEN)),
             slots=slots[None],
             before=before,
             length=length,
             start=(1 - are_several) * start,
             is_single=(positions[-1:] == positions[:1]).to(torch.float32),
+            is_several=(positions[-1:] != positions[:1]).to(torch.float32),
         )
 
     def cached_attention(
@@ -301,7 +309,7 @@ class ExecutorchOps:
         single = torch.ops.llama.custom_sdpa(
             q[:, -1:], past_key, past_value, mask.start, None, 0.0, False, scale
         )
-        y = _join(several) * (1 - mask.is_single) + _join(single) * mask.is_single
+        y = _join(several) * mask.is_several + _join(single) * mask.is_single
         return y, past_key, past_value
 
     def logits(self, x: Tensor, table: Table) -> Tensor:

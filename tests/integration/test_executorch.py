@@ -150,23 +150,39 @@ def test_without_the_count_the_image_is_read_like_text(floats, conversation):
     assert np.abs(logits - all_at_once(floats, conversation, 60)).max() > 1e-3
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_buffers_may_begin_with_anything(floats, tokens):
-    """ExecuTorch clears no memory."""
+def traced(built, component):
+    """A component before it is lowered, and the weights that it holds stand-ins of."""
     from medgemma_export.targets.executorch_lower import trace
     from medgemma_export.targets.executorch_stand_ins import StandIns
 
-    prompt = floats.artifact.manifest.prompt
-    stand_ins = StandIns()
+    stand_ins, manifest = StandIns(), built.artifact.manifest
     exported = trace(
-        floats.parts["decoder"],
-        floats.weights,
+        built.parts[component],
+        built.weights,
         lambda weight: None,
         stand_ins,
-        image=None,
-        prompt=prompt,
+        image=manifest.image,
+        prompt=manifest.prompt,
         step=512,
     )
+    return exported, stand_ins
+
+
+@pytest.mark.parametrize("component", ["vision", "decoder"])
+def test_every_operator_is_a_core_one(floats, component):
+    """Where one is not, ExecuTorch traces the whole program once more to decompose it."""
+    from executorch.exir.tracer import _default_decomposition_table
+
+    exported, _ = traced(floats, component)
+    used = {node.target for node in exported.graph.nodes if node.op == "call_function"}
+    aten = torch.ops.aten
+    assert used & _default_decomposition_table().keys() <= {aten.linear.default, aten.sym_size.int}
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_buffers_may_begin_with_anything(floats, tokens):
+    """ExecuTorch clears no memory."""
+    exported, stand_ins = traced(floats, "decoder")
     module = exported.module()
     with torch.no_grad():
         for parameter in module.parameters():

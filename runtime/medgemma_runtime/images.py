@@ -86,6 +86,7 @@ def load_image(path: Path, *, frame: int = 0) -> NDArray[np.uint8]:
             with Image.open(path, formats=_FORMATS) as image:
                 _check_size(path, *image.size)
                 _seek(path, image, frame)
+                _check_size(path, *image.size)  # a later page of a TIFF has a size of its own
                 image.load()
                 return _to_rgb(path, ImageOps.exif_transpose(image))
     except ImageError:

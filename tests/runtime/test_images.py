@@ -396,6 +396,15 @@ def test_the_pixel_limit_holds_without_pillows(tmp_path: Path, monkeypatch: pyte
         load_image(tmp_path / "bomb.png")
 
 
+def test_the_pixel_limit_holds_for_every_page(tmp_path: Path) -> None:
+    small, large = Image.new("1", (8, 8)), Image.new("1", (10_000, 9_000))  # 4 kB, compressed
+    path = tmp_path / "pages.tif"
+    small.save(path, save_all=True, append_images=[large], compression="group4")
+    assert load_image(path).shape == (8, 8, 3)
+    with pytest.raises(ImageError, match="more than 89,478,485 pixels"):
+        load_image(path, frame=1)
+
+
 def test_an_image_without_pixels_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.ppm").write_bytes(b"P6 0 4 255\n")
     with pytest.raises(ImageError):

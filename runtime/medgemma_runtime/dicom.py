@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_runtime.artifact import sha256_file
+from medgemma_runtime.decoder_warnings import warnings_decided
 from medgemma_runtime.dicom_file import (
+    WARNINGS_THAT_MATTER,
     Stored,
     count_frames,
     decode_frame,
@@ -24,7 +26,6 @@ from medgemma_runtime.dicom_file import (
     element_numbers,
     functional_group,
     read_dataset,
-    warnings_decided,
     whole_number,
 )
 from medgemma_runtime.errors import ImageError
@@ -95,7 +96,7 @@ def read_dicom(path: Path, *, frame: int = 0) -> NDArray[np.uint8]:
         ImageError: If the file is absent, holds no image, is damaged, or is of a kind not supported.
         EdgeError: If pydicom or a decoder it needs is not installed.
     """
-    with warnings_decided():
+    with warnings_decided(*WARNINGS_THAT_MATTER, ignored=Warning):
         dataset = read_dataset(path)
         frames = count_frames(path, dataset)
         if not 0 <= frame < frames:
@@ -125,7 +126,7 @@ def frame_count(path: Path) -> int:
         ImageError: If the file is absent, holds no image or is damaged.
         EdgeError: If pydicom is not installed.
     """
-    with warnings_decided():
+    with warnings_decided(*WARNINGS_THAT_MATTER, ignored=Warning):
         return count_frames(path, read_dataset(path))
 
 

@@ -4,9 +4,6 @@ pydicom decodes, with one fixed plugin for each compression, so that the same fi
 every machine. Values that could identify a patient never enter an error message.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +26,7 @@ __all__ = [
     "element",
     "element_numbers",
     "whole_number",
-    "warnings_decided",
+    "WARNINGS_THAT_MATTER",
 ]
 
 Stored = NDArray[np.number[Any]]  # any integer type or, rarely, floats
@@ -38,7 +35,7 @@ _COLOURS = ("PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_
 _GREYS = ("MONOCHROME1", "MONOCHROME2")
 # pydicom warns and goes on where the pixels can no longer be trusted. Its other warnings are about elements
 # that rendering does not read, or about padding.
-_WARNINGS_THAT_MATTER = (
+WARNINGS_THAT_MATTER = (
     ".*end of file reached",
     ".*fewer frames than expected",
     ".*no JPEG EOI/EOC marker",
@@ -196,13 +193,3 @@ def whole_number(path: Path, dataset: "Dataset", keyword: str) -> int:
     if len(numbers) != 1 or not numbers[0].is_integer():
         raise ImageError(f"{path} has no valid {keyword}, which a DICOM image must have; export it again")
     return int(numbers[0])
-
-
-@contextmanager
-def warnings_decided() -> Iterator[None]:
-    """Warnings that put the pixels in doubt become exceptions; the others are dropped."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for message in _WARNINGS_THAT_MATTER:
-            warnings.filterwarnings("error", message=message)
-        yield

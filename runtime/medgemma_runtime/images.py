@@ -6,7 +6,6 @@ brings it to the model's size in uint8, `normalize` makes floats of it.
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeGuard
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from medgemma_runtime.decoder_warnings import warnings_decided
 from medgemma_runtime.errors import ImageError
 from medgemma_runtime.manifest import ImageSpec
 
@@ -80,15 +80,16 @@ def load_image(path: Path, *, frame: int = 0) -> NDArray[np.uint8]:
 
         return read_dicom(path, frame=frame)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size refuses it
-            warnings.filterwarnings("error", message=_WARNINGS_THAT_MATTER)
-            with Image.open(path, formats=_FORMATS) as image:
-                _check_size(path, *image.size)
-                _seek(path, image, frame)
-                _check_size(path, *image.size)  # a later page of a TIFF has a size of its own
-                image.load()
-                return _to_rgb(path, ImageOps.exif_transpose(image))
+        # _check_size refuses what Pillow suspects to be a bomb.
+        with (
+            warnings_decided(_WARNINGS_THAT_MATTER, ignored=Image.DecompressionBombWarning),
+            Image.open(path, formats=_FORMATS) as image,
+        ):
+            _check_size(path, *image.size)
+            _seek(path, image, frame)
+            _check_size(path, *image.size)  # a later page of a TIFF has a size of its own
+            image.load()
+            return _to_rgb(path, ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except Image.DecompressionBombError:

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from medgemma_runtime import dicom, dicom_file
+from medgemma_runtime.decoder_warnings import warnings_decided
 from medgemma_runtime.dicom import frame_count, read_dicom
 from medgemma_runtime.errors import EdgeError, ImageError
 from medgemma_runtime.images import load_image
@@ -697,7 +698,7 @@ def test_a_pdf_named_dcm_is_refused(tmp_path: Path) -> None:
 
 def test_the_filters_decide_each_warning() -> None:
     """Damage is an error, the rest is dropped: without the filters both would pass as warnings."""
-    with dicom_file.warnings_decided():
+    with warnings_decided(*dicom_file.WARNINGS_THAT_MATTER, ignored=Warning):
         warnings.warn("Invalid value for VR UI", UserWarning, stacklevel=1)
         for message in (
             "End of file reached before delimiter (FFFE,E0DD) found",

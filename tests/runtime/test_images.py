@@ -9,6 +9,7 @@ import io
 import json
 import struct
 import tempfile
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
@@ -367,6 +368,38 @@ def test_a_damaged_orientation_is_not_guessed(tmp_path: Path) -> None:
     Image.fromarray(pattern(8, 8)).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
     with pytest.raises(ImageError, match="EXIF"):
         load_image(path)
+
+
+def test_threads_do_not_take_away_each_others_filters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged, whole = tmp_path / "exif.jpg", tmp_path / "whole.png"
+    Image.fromarray(pattern(8, 8)).save(damaged, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
+    Image.fromarray(pattern(8, 8)).save(whole)
+    inside, leave = threading.Event(), threading.Event()
+    original = images.ImageOps.exif_transpose
+
+    def waits(image: Image.Image) -> Image.Image:
+        """The other thread comes in before this one leaves, and leaves after it."""
+        if threading.current_thread() is first:
+            inside.set()
+            leave.wait(0.2)  # in vain: the other thread waits for this one
+        elif not leave.is_set():
+            leave.set()
+            first.join()
+        return original(image)
+
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", waits)
+    first = threading.Thread(target=load_image, args=(whole,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in an app, where a warning is not an error by itself
+        before = list(warnings.filters)
+        first.start()
+        inside.wait()
+        with pytest.raises(ImageError, match=r"exif\.jpg cannot be decoded"):
+            load_image(damaged)
+        first.join()
+        assert warnings.filters == before
 
 
 def png_header(width: int, height: int) -> bytes:

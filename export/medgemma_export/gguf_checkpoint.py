@@ -66,6 +66,7 @@ _LAYER_NAMES = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_LAYERS = "model.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,11 @@ class _Entry:
         elements, size = GGML_QUANT_SIZES[self.kind]
         return math.prod(self.shape[1:]) * int(size) // int(elements)
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all values."""
+        return self.shape[0] * self.row_bytes
+
 
 def open_gguf(path: Path, *, id: str) -> Checkpoint:
     """Read a GGUF file's metadata and table of contents.
@@ -102,7 +108,7 @@ def open_gguf(path: Path, *, id: str) -> Checkpoint:
     try:
         with path.open("rb") as stream:
             metadata, entries = _read_header(stream)
-    except (struct.error, ValueError, OverflowError, MemoryError) as error:
+    except (struct.error, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise CheckpointError(
             f"{path.name} cannot be read as GGUF ({error}); the download is incomplete or the file "
             "is damaged: get it again"
@@ -111,11 +117,13 @@ def open_gguf(path: Path, *, id: str) -> Checkpoint:
     size = path.stat().st_size
     stored: dict[str, _Entry] = {}
     for gguf_name, entry in entries.items():
-        if entry.offset + entry.shape[0] * entry.row_bytes > size:
+        if entry.offset + entry.size_bytes > size:
             raise CheckpointError(
                 f"{path.name} ends before {gguf_name} does; the download is incomplete: get it again"
             )
         stored[_hugging_face_name(gguf_name, path.name)] = entry
+
+    _check_layers(metadata, stored, path.name)
 
     def read(info: TensorInfo, rows: slice | None) -> NDArray[np.float32]:
         return _read_rows(path, info, stored[info.name], slice(0, info.shape[0]) if rows is None else rows)
@@ -168,7 +176,7 @@ def _hugging_face_name(gguf_name: str, file: str) -> str:
             f"{file} holds {gguf_name}, which is no tensor of a Gemma 3 language model; "
             "use a GGUF file as llama.cpp's converter writes it"
         )
-    return f"model.layers.{found[1]}.{_LAYER_NAMES[found[2]]}.weight"
+    return f"{_LAYERS}{found[1]}.{_LAYER_NAMES[found[2]]}.weight"
 
 
 def _check_kind(metadata: Mapping[str, object], file: str) -> None:
@@ -185,6 +193,16 @@ def _check_kind(metadata: Mapping[str, object], file: str) -> None:
         )
 
 
+def _check_layers(metadata: Mapping[str, object], stored: Mapping[str, _Entry], file: str) -> None:
+    """Before a list is made that is as long as the file says."""
+    stated = metadata.get(f"{_ARCHITECTURE}.block_count")
+    held = len({name.split(".")[2] for name in stored if name.startswith(_LAYERS)})
+    if stated != held:
+        raise CheckpointError(
+            f"{file} states {stated} layers and holds tensors of {held}; get the file again"
+        )
+
+
 def _make_config(
     metadata: Mapping[str, object], stored: Mapping[str, _Entry], file: str
 ) -> dict[str, object]:
@@ -197,8 +215,16 @@ def _make_config(
 
     def number(key: str) -> int | float:
         value = metadata.get(f"{_ARCHITECTURE}.{key}")
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or not math.isfinite(value):
             raise CheckpointError(f"{file} does not state {_ARCHITECTURE}.{key}; convert the model again")
+        return value
+
+    def count(key: str) -> int:
+        value = number(key)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(
+                f"{file} has {_ARCHITECTURE}.{key} {value}, which is no count; convert the model again"
+            )
         return value
 
     def optional(key: str, default: float) -> int | float:
@@ -206,8 +232,8 @@ def _make_config(
 
     if "model.embed_tokens.weight" not in stored:
         raise CheckpointError(f"{file} has no token_embd.weight; get the file again")
-    layers, hidden, heads = number("block_count"), number("embedding_length"), number("attention.head_count")
-    head_dim = number("attention.key_length")
+    layers, hidden, heads = count("block_count"), count("embedding_length"), count("attention.head_count")
+    head_dim = count("attention.key_length")
     full_rope: dict[str, object] = {"rope_type": "default", "rope_theta": number("rope.freq_base")}
     if metadata.get(f"{_ARCHITECTURE}.rope.scaling.type", "none") != "none":
         full_rope |= {
@@ -219,17 +245,17 @@ def _make_config(
         "model_type": "gemma3_text",
         "vocab_size": stored["model.embed_tokens.weight"].shape[0],
         "hidden_size": hidden,
-        "intermediate_size": number("feed_forward_length"),
+        "intermediate_size": count("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv"),
+        "num_key_value_heads": count("attention.head_count_kv"),
         "head_dim": head_dim,
-        "max_position_embeddings": number("context_length"),
+        "max_position_embeddings": count("context_length"),
         # GGUF keeps it as float32; the shortest decimal that float32 rounds to it is what was meant.
         "rms_norm_eps": float(str(np.float32(number("attention.layer_norm_rms_epsilon")))),
-        "sliding_window": number("attention.sliding_window"),
+        "sliding_window": count("attention.sliding_window"),
         "layer_types": [
-            "sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(int(layers))
+            "sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(layers)
         ],
         "rope_parameters": {
             "full_attention": full_rope,
@@ -270,16 +296,29 @@ def _read_header(stream: BinaryIO) -> tuple[dict[str, object], dict[str, _Entry]
         # GGUF counts axes from the innermost.
         shape = tuple(_unpack(stream, "<Q") for _ in range(_unpack(stream, "<I")))[::-1]
         kind = GGMLQuantizationType(_unpack(stream, "<I"))
-        if not shape or shape[-1] % GGML_QUANT_SIZES[kind][0] or name in entries:
+        elements = int(GGML_QUANT_SIZES[kind][0])
+        # Rows are what is read, so a vector is never in blocks.
+        in_rows = len(shape) > 1 or (bool(shape) and elements == 1)
+        if not in_rows or min(shape) < 1 or shape[-1] % elements or name in entries:
             raise ValueError(f"{name} of shape {list(shape)} is stored as {kind.name} or listed twice")
         entries[name] = _Entry(shape=shape, kind=kind, offset=_unpack(stream, "<Q"))
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment is {alignment!r}")
+    _check_layout(entries, alignment)
     data_start = -(-stream.tell() // alignment) * alignment
     return metadata, {
         name: replace(entry, offset=data_start + entry.offset) for name, entry in entries.items()
     }
+
+
+def _check_layout(entries: Mapping[str, _Entry], alignment: int) -> None:
+    """Tensors lie in their order and without gaps, as llama.cpp demands too: a wrong offset is seen here."""
+    end = 0
+    for name, entry in entries.items():
+        if entry.offset != end:
+            raise ValueError(f"{name} is said to begin at byte {entry.offset} of the data and not at {end}")
+        end += -(-entry.size_bytes // alignment) * alignment
 
 
 def _read_value(stream: BinaryIO, kind: GGUFValueType) -> object:
@@ -290,7 +329,10 @@ def _skip_array(stream: BinaryIO) -> None:
     kind = GGUFValueType(_unpack(stream, "<I"))
     count = _unpack(stream, "<Q")
     if kind in _SCALAR_FORMATS:
-        stream.seek(count * struct.calcsize(_SCALAR_FORMATS[kind]), os.SEEK_CUR)
+        end = stream.tell() + count * struct.calcsize(_SCALAR_FORMATS[kind])
+        if end > os.fstat(stream.fileno()).st_size:
+            raise ValueError("it ends inside its header")
+        stream.seek(end)
         return
     for _ in range(count):
         if kind == GGUFValueType.STRING:

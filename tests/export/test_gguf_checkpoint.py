@@ -227,8 +227,9 @@ def test_reading_rows_of_a_table_of_4_gb_takes_little_memory(tmp_path):
     kind = gguf.GGMLQuantizationType.Q8_0
     row_bytes = width // 32 * 34
     writer = gguf.GGUFWriter(path, "gemma3")
-    write_metadata(writer)
-    writer.add_tensor_info("output_norm.weight", (width,), np.dtype(np.float32), width * 4)
+    write_metadata(writer, layers=1)
+    for name in ("output_norm.weight", "blk.0.attn_norm.weight"):
+        writer.add_tensor_info(name, (width,), np.dtype(np.float32), width * 4)
     writer.add_tensor_info(
         "token_embd.weight", (rows, row_bytes), np.dtype(np.uint8), rows * row_bytes, raw_dtype=kind
     )
@@ -276,6 +277,43 @@ def test_sizes_beyond_all_reason_are_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[24:32] = struct.pack("<Q", 1 << 62)  # the length of the first key
     path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
+        open_checkpoint(str(path))
+
+
+def replaced(path: Path, before: bytes, at: int, number: int, layout: str) -> Path:
+    """Put a number into a file, so many bytes after the end of what is found."""
+    content = bytearray(path.read_bytes())
+    start = content.index(before) + len(before) + at
+    content[start : start + struct.calcsize(layout)] = struct.pack(layout, number)
+    path.write_bytes(content)
+    return path
+
+
+# What follows a tensor's name: the number of its axes, 4 bytes; their sizes, 8 each; its kind, 4; its place.
+@pytest.mark.parametrize(
+    ("before", "at", "number", "layout", "says"),
+    [
+        (b"gemma3.block_count", 4, 1 << 31, "<I", "states 2147483648 layers and holds tensors of 2"),
+        (b"gemma3.attention.head_count", 4, 0, "<I", "head_count 0, which is no count"),
+        (b"tokenizer.ggml.scores", 8, 1 << 62, "<Q", "ends inside its header"),
+        (b"blk.0.attn_q.weight", 4, 0, "<Q", r"attn_q\.weight of shape \[64, 0\]"),
+        (b"blk.0.attn_q.weight", 12, 0, "<Q", r"attn_q\.weight of shape \[0, 64\]"),
+        (b"blk.0.attn_norm.weight", 12, 8, "<I", r"attn_norm\.weight of shape \[64\] is stored as Q8_0"),
+        (b"blk.0.attn_q.weight", 24, 0, "<Q", r"attn_q\.weight is said to begin at byte 0 of the data"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(tmp_path, before, at, number, layout, says):
+    path = replaced(write_model(tmp_path / "tiny.gguf"), before, at, number, layout)
+    with pytest.raises(CheckpointError, match=says):
+        open_checkpoint(str(path))
+
+
+def test_lists_of_lists_without_end_are_refused(tmp_path):
+    path = tmp_path / "deep.gguf"
+    key, a_list = b"general.tags", struct.pack("<IQ", gguf.GGUFValueType.ARRAY, 1)
+    header = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key
+    path.write_bytes(header + struct.pack("<I", gguf.GGUFValueType.ARRAY) + a_list * 100_000)
     with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
         open_checkpoint(str(path))
 

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from medgemma_runtime.errors import TextError
 from medgemma_runtime.manifest import PromptSpec
+from medgemma_runtime.tokenizer_faults import tokenizer_faults
 
 __all__ = [
     "Message",
@@ -199,7 +200,8 @@ class PromptTokenizer:
     def _encode(self, text: str, *, turns: int | None, images: int) -> Prompt:
         """The ids of a rendered prompt of so many turns, or of a text without any."""
         # The one <bos> is written; the tokenizer would add another.
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with tokenizer_faults(f"{self.spec.tokenizer} cannot encode the prompt"):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         self._check_control_tokens(ids, turns=turns, images=images)
         if len(ids) > self.spec.context:
             raise TextError(
@@ -251,19 +253,19 @@ def load_prompt_tokenizer(artifact_dir: Path, spec: PromptSpec) -> PromptTokeniz
     """
     path = artifact_dir / spec.tokenizer
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        content = path.read_bytes()
     except OSError as error:
         raise TextError(f"the tokenizer {path} cannot be read ({error.strerror})") from None
-    except Exception as error:
-        # The tokenizers package raises Exception itself for a file that it cannot use.
-        raise TextError(
-            f"{path} is no Hugging Face tokenizer.json ({error}); export the model again"
-        ) from None
+    unusable = f"{path} is no Hugging Face tokenizer.json"
+    with tokenizer_faults(unusable):
+        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     _check_ids(tokenizer, spec, path)
     loaded = PromptTokenizer(tokenizer, spec)
-    if loaded.decode(tokenizer.encode(_PROBE, add_special_tokens=False).ids) != _PROBE:
+    with tokenizer_faults(unusable):
+        probed = loaded.decode(tokenizer.encode(_PROBE, add_special_tokens=False).ids)
+    if probed != _PROBE:
         raise TextError(f"{path} does not give a text back as it was; export the model again")
     return loaded
 

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from medgemma_runtime.errors import TextError
 from medgemma_runtime.manifest import TextSpec
+from medgemma_runtime.tokenizer_faults import tokenizer_faults
 
 __all__ = ["Tokenize", "load_tokenizer", "canonicalize"]
 
@@ -102,7 +103,8 @@ class Tokenize:
             raise TextError(
                 f"{name} has half of a surrogate pair, which is no character; read it as UTF-8"
             ) from None
-        try:
+        # Only a file that was not made for this model fails here.
+        with tokenizer_faults(f"{self.spec.tokenizer} cannot encode {name}"):
             pieces = canonicalize(text, self.spec.canonicalize)
             if self._table is not None:
                 pieces = self._table.map(pieces)
@@ -110,11 +112,6 @@ class Tokenize:
                 pieces = self._tokenizer.normalizer.normalize_str(pieces)
             # The end token is ours to add: its place and the padding are the model's contract.
             ids: list[int] = self._tokenizer.encode(pieces, add_special_tokens=False).ids
-        except Exception as error:
-            # Only a file that was not made for this model gets here; tokenizers raises Exception.
-            raise TextError(
-                f"{self.spec.tokenizer} cannot encode {name} ({error}); export the model again"
-            ) from None
         if (reserved := _RESERVED.search(pieces)) is not None:
             raise TextError(f"{name} contains {reserved[0]}, which is a control token; remove it")
         return ids
@@ -132,20 +129,17 @@ def load_tokenizer(artifact_dir: Path, spec: TextSpec) -> Tokenize:
     """
     path = artifact_dir / spec.tokenizer
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        stored = path.read_bytes()
+    except OSError as error:
+        raise TextError(f"the tokenizer {path} cannot be read ({error.strerror})") from None
+    with tokenizer_faults(f"{path} is no Hugging Face tokenizer.json"):
+        content = json.loads(stored.decode("utf-8"))
         table = None
         if spec.canonicalize == "siglip":
             content, table = _separate(content)
         tokenizer = Tokenizer.from_str(json.dumps(content))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    except OSError as error:
-        raise TextError(f"the tokenizer {path} cannot be read ({error.strerror})") from None
-    except Exception as error:
-        # The tokenizers package raises Exception itself for a file that it cannot use.
-        raise TextError(
-            f"{path} is no Hugging Face tokenizer.json ({error}); export the model again"
-        ) from None
     for name, token_id in (("pad_id", spec.pad_id), ("eos_id", spec.eos_id)):
         if tokenizer.id_to_token(token_id) is None:
             raise TextError(

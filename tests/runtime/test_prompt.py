@@ -485,6 +485,26 @@ def test_refuses_what_is_no_tokenizer(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
+        lambda content: content.update(
+            normalizer={"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8A"}
+        ),
+        lambda content: content["model"].update(continuing_subword_prefix="\u2581"),
+    ],
+    ids=["a table that leads nowhere", "a prefix that is longer than pieces"],
+)
+def test_refuses_a_tokenizer_that_makes_the_package_panic(
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], None]
+) -> None:
+    content = json.loads(structure_tokenizer().to_str())
+    spoil(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(TextError, match=r"is no Hugging Face tokenizer\.json"):
+        load_prompt_tokenizer(tmp_path, spec())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
         lambda content: content.update(normalizer={"type": "Lowercase"}),
         lambda content: content["decoder"]["decoders"].append(
             {"type": "Strip", "content": " ", "start": 1, "stop": 0}

@@ -15,6 +15,7 @@ import pytest
 from medgemma_runtime.errors import TextError
 from medgemma_runtime.manifest import TextSpec
 from medgemma_runtime.text import Tokenize, canonicalize, load_tokenizer
+from medgemma_runtime.tokenizer_faults import tokenizer_faults
 from tests.runtime.tiny_artifact import (
     LENGTH,
     TOKEN_IDS,
@@ -180,6 +181,11 @@ def test_a_damaged_tokenizer_is_refused(directory: Path, content: bytes) -> None
     (directory / "tokenizer.json").write_bytes(content)
     with pytest.raises(TextError, match=r"is no Hugging Face tokenizer\.json"):
         load_tokenizer(directory, text_spec())
+
+
+def test_an_interruption_is_no_fault_of_a_tokenizer() -> None:
+    with pytest.raises(KeyboardInterrupt), tokenizer_faults("the file"):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("spec", [{"pad_id": 9999}, {"eos_id": 9999}])

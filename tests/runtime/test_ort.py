@@ -62,6 +62,22 @@ def test_takes_an_array_that_is_not_contiguous(artifact: Artifact) -> None:
     )
 
 
+def test_results_are_never_lost_in_a_copy(artifact: Artifact) -> None:
+    session = OrtSession(artifact, "image")
+    pixels = np.random.default_rng(3).standard_normal((2, 3, SIZE, SIZE), dtype=np.float32)
+    in_place, every_second = np.zeros((2, WIDTH), np.float32), np.zeros((2, 2 * WIDTH), np.float32)[:, ::2]
+    session.run_into({"pixel_values": pixels}, {"pooler_output": in_place})
+    np.testing.assert_array_equal(in_place, session.run({"pixel_values": pixels})["pooler_output"])
+    read_only = np.zeros((2, WIDTH), np.float32)
+    read_only.flags.writeable = False
+    for array in (every_second, read_only):
+        with pytest.raises(
+            EdgeError, match="'pooler_output' of component 'image' is not contiguous or read-only"
+        ):
+            session.run_into({"pixel_values": pixels}, {"pooler_output": array})
+    assert not read_only.any()
+
+
 def test_checks_its_inputs(artifact: Artifact) -> None:
     with pytest.raises(EdgeError, match="input 'input_ids' must be int64"):
         OrtSession(artifact, "text").run({"input_ids": np.zeros((1, LENGTH), np.int32)})

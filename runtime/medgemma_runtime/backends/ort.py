@@ -156,6 +156,13 @@ class OrtSession:
         self._check(inputs)
         if outputs.keys() != {spec.name for spec in self.entry.outputs}:
             raise EdgeError(f"component {self._component!r} needs an array for every output")
+        for name, array in outputs.items():
+            # ONNX Runtime would write into a copy of the one, and into the other nevertheless.
+            if not (array.flags.c_contiguous and array.flags.writeable):
+                raise EdgeError(
+                    f"the array for {name!r} of component {self._component!r} is not contiguous or read-only "
+                    "and results are written in place; give another"
+                )
         if self._show is not None:
             for name, value in self.run(inputs).items():
                 outputs[name][...] = value

@@ -126,6 +126,11 @@ def test_an_id_outside_the_table_is_refused(tmp_path: Path, token: int) -> None:
     [
         ({"bits": 3}, "not to the form"),
         ({"more": 1}, "not to the form"),
+        ({"rows": 0}, "not to the form"),
+        ({"block": 0}, "not to the form"),
+        ({"block": 3}, "not to the form"),
+        ({"scales_dtype": None}, "not to the form"),
+        ({"scales_offset": None}, "not to the form"),
         ({"rows": 400}, "should end at byte .* of a file of"),
         ({"scales_offset": 1 << 20}, "should end at byte"),
         ({"values_offset": -8}, "should end at byte"),
@@ -135,4 +140,13 @@ def test_an_id_outside_the_table_is_refused(tmp_path: Path, token: int) -> None:
 def test_a_layout_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     artifact, _ = write(tmp_path / "a", 4, **changes)
     with pytest.raises(ArtifactError, match=message):
+        EmbeddingRows(artifact, "embed")
+
+
+@pytest.mark.parametrize("changes", [{"width": 0}, {"width": -8}, {"scale": float("nan")}])
+def test_a_table_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    artifact, _ = write(tmp_path / "a", 8)
+    path = artifact.path("coreml/embedding.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ArtifactError, match="not to the form"):
         EmbeddingRows(artifact, "embed")

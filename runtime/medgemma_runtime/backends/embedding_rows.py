@@ -18,6 +18,8 @@ from medgemma_runtime.session import check_inputs
 
 __all__ = ["EmbeddingRows", "RowLayout", "RowPiece"]
 
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowPiece:
@@ -34,7 +36,7 @@ class RowPiece:
         scales_dtype: Of the scales.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = _STRICT
 
     rows: int
     bits: Literal[4, 8, 16, 32]
@@ -43,6 +45,17 @@ class RowPiece:
     values_offset: int
     scales_offset: int | None
     scales_dtype: Literal["float16", "float32"] | None
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.block) < 1:
+            raise ValueError(f"a piece has {self.rows} rows and blocks of {self.block}")
+        if self.has_scales != (self.bits < 16):
+            raise ValueError(f"a piece of {self.bits} bits has scales or lacks them")
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether it says where they are and what."""
+        return self.scales_offset is not None and self.scales_dtype is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +69,21 @@ class RowLayout:
         pieces: The rows, one piece after the other; more than one where a budget stores some in more bits.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = _STRICT
 
     width: int
     scale: float
     image_id: int | None
     pieces: tuple[RowPiece, ...]
+
+    def __post_init__(self) -> None:
+        for piece in self.pieces:
+            if (
+                self.width < 1
+                or (piece.has_scales and self.width % piece.block)
+                or self.width * piece.bits % 8
+            ):
+                raise ValueError(f"rows of {self.width} values are not of blocks of {piece.block}")
 
     @property
     def rows(self) -> int:

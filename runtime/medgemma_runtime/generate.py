@@ -214,7 +214,7 @@ class Generator:
         return ids, "".join(pieces), ended
 
     def _image_features(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32] | None:
-        """[tokens, H] for all images, one after the other; an image seen before is not computed again."""
+        """[tokens, H] for all images, one after the other; those of the last images are kept."""
         keys = [hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest() for image in images]
         for key, image in zip(keys, images, strict=True):
             if key not in self._features:
@@ -225,6 +225,9 @@ class Generator:
                 pixels = preprocess(image, self._image)[None]
                 outputs = self._session("vision").run({"pixel_values": pixels})
                 self._features[key] = outputs["image_features"]
+        if keys:
+            # A conversation goes on with the images it has; kept for good, those of 400 films take a GB.
+            self._features = {key: self._features[key] for key in keys}
         return np.concatenate([self._features[key] for key in keys]) if keys else None
 
     def _open_decoder(self) -> Decoder:

@@ -107,6 +107,8 @@ def test_the_image_matters_and_its_features_are_kept(generator, image):
         assert generator.generate(QUESTION, [fresh], options=HOT).ids == first.ids
         assert len(runs) == 1
         assert generator.generate(QUESTION, [image], options=HOT).ids != first.ids
+        # Those of images that are asked about no more are not.
+        assert len(generator._features) == 1
     finally:
         vision.run = run
 

@@ -1,6 +1,7 @@
 """Answers a conversation with images, token by token: options in, result out."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class GenerateOptions:
         max_tokens: Tokens of the answer at most.
         temperature: 0 takes the most probable token, as every MedGemma notebook does; Gemma 3's own default
             is 1.
-        top_k: Of the most probable tokens, how many may be drawn (Gemma 3's default).
+        top_k: Of the most probable tokens, how many may be drawn (Gemma 3's default); those as probable as
+            the last of them may be, too, as in transformers.
         top_p: Of those, as many as are needed to reach this probability (Gemma 3's default).
         seed: Of the draw; the same seed gives the same answer.
     """
@@ -44,8 +46,10 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.top_k < 1:
             raise ValueError("max_tokens and top_k must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("temperature must not be negative, and top_p must be in (0, 1]")
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise ValueError("temperature must be finite and not negative, and top_p must be in (0, 1]")
+        if self.seed < 0:
+            raise ValueError("seed must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +259,9 @@ def sample_token(logits: NDArray[np.float32], options: GenerateOptions, rng: np.
     if options.temperature == 0:
         return int(logits.argmax())
     top_k = min(options.top_k, len(logits))
-    candidates = np.argpartition(logits, -top_k)[-top_k:]
+    # Partial sorts of indices order equal logits by the vector unit they run on; by value and then id, every
+    # machine draws the same.
+    candidates = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
     candidates = candidates[np.argsort(-logits[candidates], kind="stable")]
     scaled = (logits[candidates] - logits[candidates[0]]).astype(np.float64) / options.temperature
     shares = np.exp(scaled)

@@ -163,8 +163,44 @@ def test_sampling_by_hand():
     assert set(drawn(top_k=4, top_p=0.4)) == {0}
 
 
+class Candidates:
+    """In place of numpy's generator: keeps what it is to draw from."""
+
+    def choice(self, candidates, p):
+        self.shares = dict(zip(candidates.tolist(), p, strict=True))
+        return candidates[0]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (5, 1.0), (64, 0.95), (64, 0.3)])
+def test_candidates_are_those_of_transformers(top_k, top_p):
+    import torch
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = np.random.default_rng(3).integers(-32, 33, 400).astype(np.float32) / 8  # many are equal
+    rng = Candidates()
+    sample_token(logits, GenerateOptions(temperature=0.7, top_k=top_k, top_p=top_p), rng)
+    kept = TopKLogitsWarper(top_k)(None, torch.from_numpy(logits).double()[None] / 0.7)
+    if top_p < 1:
+        kept = TopPLogitsWarper(top_p)(None, kept)
+    shares = kept.softmax(-1)[0].numpy()
+    # Which of equal tokens top-p cuts off, transformers leaves to a sort; here it is the last.
+    assert list(rng.shares) == sorted(rng.shares, key=lambda token: (-logits[token], token))
+    expected = np.sort(shares[shares > 0])[::-1]
+    np.testing.assert_allclose(list(rng.shares.values()), expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
-    "options", [{"max_tokens": 0}, {"top_k": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "options",
+    [
+        {"max_tokens": 0},
+        {"top_k": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"seed": -1},
+    ],
 )
 def test_options_that_mean_nothing(options):
     with pytest.raises(ValueError, match="must"):

@@ -183,7 +183,7 @@ def _read_json_object(path: Path, id: str) -> dict[str, object]:
         raise CheckpointError(
             f"{id} has no {path.name}; copy it from the model's repository into the checkpoint's directory"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} of {id} is not JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} of {id} is not a JSON object; copy it again")

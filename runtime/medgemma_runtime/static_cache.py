@@ -81,7 +81,7 @@ def read_sizes(text: str) -> StaticSizes:
         facts = json.loads(text)
         facts["all"] = facts.pop("global", None)  # `global` is no name in Python
         return _SIZES.validate_python(facts)
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"the decoder's sizes are not to the form: {str(error).splitlines()[0]}; export again"
         ) from None

@@ -287,6 +287,7 @@ def test_an_index_beside_a_single_file_is_refused(tmp_path):
         ("{", "is not JSON"),
         ("[]", "is not a JSON object"),
         ("\x00", "not JSON"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_missing_or_broken_config_is_named(tmp_path, content, message):

@@ -20,6 +20,7 @@ from medgemma_export.checkpoint import Checkpoint, check_tensors, open_checkpoin
 from medgemma_export.models import ModelSpec, load_model, medgemma
 from medgemma_export.models.gemma3 import Decoder
 from medgemma_export.models.medgemma import text_decoder
+from medgemma_export.models.spec import read_json
 from medgemma_export.ops import Heads, Rotary
 from medgemma_runtime.errors import CheckpointError
 
@@ -319,3 +320,10 @@ def test_a_form_that_says_something_else_is_seen(tiny, decoders, tmp_path):
         config = form | {"text_config": form["text_config"] | change}
         load_model(found_as(tiny, tmp_path, config, respelled(tiny, "released")))
     assert DECODER not in decoders and len(decoders) == len(changes)
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, '{"rescale_factor": ' + "9" * 5000 + "}"])
+def test_a_file_beside_the_weights_that_is_no_json_is_named(tiny, tmp_path, content):
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json is no JSON"):
+        read_json(replace(tiny, directory=tmp_path), "preprocessor_config.json")

@@ -292,6 +292,7 @@ def test_no_byte_of_the_model_makes_it_fail_in_another_way(package: Path) -> Non
     ("text_", "message"),
     [
         ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
         ("[]", "names no root model"),
         (
             '{"fileFormatVersion": "1.0.0", "itemInfoEntries": {}, "rootModelIdentifier": "x"}',

@@ -96,7 +96,8 @@ def test_a_conversation_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", json.dumps(FACTS | {"more": 1}), json.dumps(FACTS | {"chunk": "x"})]
+    "text",
+    ["", "[]", "{}", "[" * 100_000, json.dumps(FACTS | {"more": 1}), json.dumps(FACTS | {"chunk": "x"})],
 )
 def test_sizes_that_are_not_to_the_form_are_refused(text: str) -> None:
     with pytest.raises(ArtifactError, match="not to the form"):

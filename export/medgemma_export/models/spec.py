@@ -160,7 +160,7 @@ def read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     path = checkpoint.file(name)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint.id}: {name} is no JSON ({error}); download it again") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{checkpoint.id}: {name} is not a JSON object; download it again")

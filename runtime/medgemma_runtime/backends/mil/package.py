@@ -58,7 +58,7 @@ def model_path(package: Path) -> Path:
         raise ArtifactError(
             f"{package} has no Manifest.json, so it is no .mlpackage; give the directory of one"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{manifest} cannot be read ({error}); export the model again") from None
     try:
         version = content["fileFormatVersion"]

@@ -327,3 +327,23 @@ def test_a_file_beside_the_weights_that_is_no_json_is_named(tiny, tmp_path, cont
     (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json is no JSON"):
         read_json(replace(tiny, directory=tmp_path), "preprocessor_config.json")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        (None, {"architectures": [["Gemma3ForCausalLM"]]}, "of architecture .* this version exports"),
+        (None, {"text_config": 3}, r"config\.json is no Gemma3Config"),
+        ("text_config", {"hidden_size": "wide"}, r"config\.json is no Gemma3Config"),
+        ("vision_config", {"num_attention_heads": 2.5}, r"config\.json is no Gemma3Config"),
+        ("text_config", {"num_hidden_layers": 10**9}, r"1000000000 layers and there are \d+ tensors"),
+        ("vision_config", {"num_attention_heads": 0}, r"as config\.json says \(integer modulo by zero\)"),
+        ("text_config", {"sliding_window": 0}, r"as config\.json says \(window 0 sees nothing\)"),
+        ("vision_config", {"patch_size": [14, 14]}, r"as config\.json says \(unsupported operand"),
+    ],
+)
+def test_a_config_of_no_model_is_refused(tiny, part, changes, message):
+    config = dict(tiny.config)
+    config |= changes if part is None else {part: dict(config[part]) | changes}
+    with pytest.raises(CheckpointError, match=message):
+        load_model(replace(tiny, config=config))

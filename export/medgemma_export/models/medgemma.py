@@ -18,7 +18,7 @@ from medgemma_export.models.gemma3 import (
     norm_before,
 )
 from medgemma_export.models.siglip import Encoder, encode_patches
-from medgemma_export.models.spec import Component, ModelSpec, WeightSource, read_json
+from medgemma_export.models.spec import Component, ModelSpec, WeightSource, read_config, read_json
 from medgemma_export.ops import Heads, Linear, Ops, RmsNorm, Rotary, Table
 from medgemma_runtime.errors import CheckpointError
 from medgemma_runtime.images import from_preprocessor_config
@@ -83,7 +83,7 @@ def load(
     from transformers import Gemma3Config
 
     # Instantiated, because config.json lists only the values that differ from the class's defaults.
-    config = Gemma3Config.from_dict(dict(checkpoint.config))
+    config = read_config(checkpoint, Gemma3Config)
     tied = bool(config.tie_word_embeddings and config.text_config.tie_word_embeddings)
     decoder = text_decoder(checkpoint, config.text_config, tied=tied)
     decoder = replace(decoder, residual_scale=residual_scale, table_bounds=table_bounds)
@@ -119,7 +119,7 @@ def load_text_only(
     """
     from transformers import Gemma3TextConfig
 
-    config = Gemma3TextConfig.from_dict(dict(checkpoint.config))
+    config = read_config(checkpoint, Gemma3TextConfig)
     decoder = text_decoder(checkpoint, config, tied=bool(config.tie_word_embeddings))
     decoder = replace(decoder, residual_scale=residual_scale, table_bounds=table_bounds)
     components = (embed_component(decoder, image_id=None), decoder_component(decoder))

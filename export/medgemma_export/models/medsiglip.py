@@ -6,7 +6,7 @@ from typing import Any
 
 from medgemma_export.checkpoint import Checkpoint
 from medgemma_export.models.siglip import Encoder, encode_patches, encode_text, pool_by_attention
-from medgemma_export.models.spec import Component, ModelSpec, WeightSource, read_json
+from medgemma_export.models.spec import Component, ModelSpec, WeightSource, read_config, read_json
 from medgemma_export.ops import Ops
 from medgemma_runtime.errors import CheckpointError
 from medgemma_runtime.images import from_preprocessor_config
@@ -34,7 +34,7 @@ def load(checkpoint: Checkpoint) -> ModelSpec:
     from transformers import SiglipConfig
 
     # Instantiated, because config.json lists only the values that differ from the class's defaults.
-    config = SiglipConfig.from_dict(dict(checkpoint.config))
+    config = read_config(checkpoint, SiglipConfig)
     vision, text = config.vision_config, config.text_config
     for part, values in (("vision", vision), ("text", text)):
         if values.hidden_act != "gelu_pytorch_tanh":

@@ -16,7 +16,7 @@ from medgemma_quantization.weights import ReadWeight
 from medgemma_runtime.errors import CheckpointError
 from medgemma_runtime.manifest import ImageSpec, PromptSpec, Similarity, TensorSpec, TextSpec
 
-__all__ = ["ModelSpec", "Component", "Forward", "WeightSource", "read_json"]
+__all__ = ["ModelSpec", "Component", "Forward", "WeightSource", "read_config", "read_json"]
 
 
 class Forward(Protocol):
@@ -165,3 +165,30 @@ def read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{checkpoint.id}: {name} is not a JSON object; download it again")
     return data
+
+
+def read_config(checkpoint: Checkpoint, kind: Any) -> Any:
+    """A checkpoint's config.json as an instance of transformers' class, which knows all defaults.
+
+    Args:
+        checkpoint: Whose config.json.
+        kind: The class.
+
+    Raises:
+        CheckpointError: If the class does not take it, or it has more layers than there are tensors: lists of
+            that length would be made.
+    """
+    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, Mapping))]
+    for layers in (part.get("num_hidden_layers") for part in parts):
+        if isinstance(layers, int) and layers > len(checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.id}: config.json says {layers} layers and there are {len(checkpoint.tensors)} "
+                "tensors; download it again"
+            )
+    try:
+        return kind.from_dict(dict(checkpoint.config))
+    except Exception as error:  # each check of transformers has a class of its own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{checkpoint.id}: config.json is no {kind.__name__} ({reason}); download it again"
+        ) from None

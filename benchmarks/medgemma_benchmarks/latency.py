@@ -119,7 +119,10 @@ def measure_latency(
     say = progress if progress is not None else lambda _: None
     names = [name for name in ("image", "text") if name in artifact.manifest.components]
     if not names:
-        raise EdgeError(f"{artifact.directory.name} has neither an image nor a text component to measure")
+        more = "; time it with medgemma-bench generate" if "decoder" in artifact.manifest.components else ""
+        raise EdgeError(
+            f"{artifact.directory.name} has neither an image nor a text component to measure{more}"
+        )
     if "image" in names and not images:
         raise EdgeError("the artifact has an image component and no image was given to time it with")
     if "text" in names and not captions:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from medgemma_export.build import build, decide
+from medgemma_export.package import partial_directory
 from medgemma_export.printing import (
     print_artifact,
     print_decision,
@@ -144,8 +145,13 @@ def export(
             decision = decide(recipe, progress=progress)
         print_decision(decision, as_json=as_json)
         return
-    with progress_bar("read the checkpoint") as progress:
-        artifact = build(recipe, progress=progress)
+    try:
+        with progress_bar("read the checkpoint") as progress:
+            artifact = build(recipe, progress=progress)
+    except KeyboardInterrupt:
+        if (partial := partial_directory(recipe.out)).exists():
+            typer.echo(f"the same command goes on with what is finished in {partial}", err=True)
+        raise
     print_artifact(artifact, as_json=as_json)
 
 
@@ -157,7 +163,14 @@ def _scheme(precision: Precision, scheme: str | None, target: TargetName, units:
     chosen = choose_target(target, units=units)
     if scheme is None:
         return chosen.scheme(precision)
-    return chosen.scheme("mobile") if scheme == "mobile" else load_scheme(Path(scheme))
+    if scheme == "mobile":
+        return chosen.scheme("mobile")
+    if not Path(scheme).exists():
+        raise EdgeError(
+            f"scheme {scheme} is no file and not mobile, the one that is built in; name one of these, or "
+            "give --precision alone"
+        )
+    return load_scheme(Path(scheme))
 
 
 def _budget(size: str | None, max_kl: float | None) -> Budget | None:

@@ -6,6 +6,7 @@ was interrupted finds its integers there and goes on; one of another checkpoint 
 
 import hashlib
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -28,6 +29,7 @@ __all__ = [
     "Package",
     "Needs",
     "open_package",
+    "partial_directory",
     "predict_needs",
     "require_absent",
     "require_resources",
@@ -102,7 +104,7 @@ def open_package(out: Path, *, key: str) -> Iterator[Package]:
         EdgeError: If `out` exists, or another export is writing it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(out)
+    partial = partial_directory(out)
     # Not in the directory, which is removed while the lock is held, nor beside it, where it would stay.
     place = hashlib.sha256(str(out.resolve()).encode()).hexdigest()
     lock = FileLock(Path(tempfile.gettempdir()) / f"medgemma-export-{place[:16]}.lock")
@@ -128,18 +130,28 @@ def open_package(out: Path, *, key: str) -> Iterator[Package]:
         lock.release()
 
 
-def _partial(out: Path) -> Path:
+def partial_directory(out: Path) -> Path:
+    """Where the work on `out` is until it is finished, and stays when it is interrupted."""
     return out.parent / f".{out.name}.partial"
 
 
 def require_absent(out: Path) -> None:
-    """Refuse to write over anything.
+    """Refuse to write over anything, and where nothing can be written: before any work is done.
 
     Raises:
-        EdgeError: If `out` exists.
+        EdgeError: If `out` exists, or its directory cannot be made or is read-only.
     """
     if out.exists():
         raise EdgeError(f"{out} exists already and is left alone; name another --out or remove it")
+    existing = _existing_parent(out)
+    if not existing.is_dir():
+        raise EdgeError(f"{out} cannot be written: {existing} is no directory; name another --out")
+    if not os.access(existing, os.W_OK):
+        raise EdgeError(f"{out} cannot be written: {existing} is read-only; name another --out")
+
+
+def _existing_parent(out: Path) -> Path:
+    return next(parent for parent in (out.parent, *out.resolve().parents) if parent.exists())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +210,9 @@ def require_resources(out: Path, needs: Needs) -> None:
     Raises:
         EdgeError: If less is free than is needed.
     """
-    existing = next(parent for parent in (out.parent.resolve(), *out.resolve().parents) if parent.exists())
     # What an interrupted export left is taken over or removed.
-    left = sum(path.stat().st_size for path in _partial(out).rglob("*") if path.is_file())
-    free = shutil.disk_usage(existing).free + left
+    left = sum(path.stat().st_size for path in partial_directory(out).rglob("*") if path.is_file())
+    free = shutil.disk_usage(_existing_parent(out)).free + left
     if free < needs.disk_bytes:
         raise EdgeError(
             f"the export needs about {needs.disk_bytes / 1e9:.1f} GB of disk (integers and programs) and "

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 from rich.console import Console
@@ -59,7 +59,8 @@ def print_decision(decision: Decision, *, as_json: bool) -> None:
         f"{needs.disk_bytes / 1e9:.1f} GB of disk",
     )
     for heading in ("weights", "such as", "stored as", "MB", "why"):
-        table.add_column(heading, justify="right" if heading in ("weights", "MB") else "left")
+        justify: Literal["right", "left"] = "right" if heading in ("weights", "MB") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     groups: dict[tuple[str, str], list[PlanRow]] = {}
     for row in plan.rows:
         groups.setdefault((str(row.storage), row.reason), []).append(row)

@@ -57,7 +57,9 @@ class Recipe:
         if len(set(self.components)) != len(self.components):
             raise ValueError(f"components {list(self.components)} name one twice")
         if self.context is not None and self.context < 2:
-            raise ValueError(f"context {self.context} leaves no room for a prompt and an answer")
+            raise ValueError(
+                f"context {self.context} leaves no room for a prompt and an answer; name more tokens"
+            )
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown; the methods are {', '.join(METHODS)}")
         wanted = METHODS[self.method].samples

@@ -72,6 +72,8 @@ def generate(
         question = read_text(prompt_file)
     else:
         raise EdgeError("generate needs one question; give either --prompt or --prompt-file")
+    if not question.strip():
+        raise EdgeError("the question has no word in it; give a text")
     if not math.isfinite(temperature) or not top_p > 0:
         raise EdgeError("--temperature must be a finite number and --top-p above 0; give others")
     options = GenerateOptions(

@@ -9,7 +9,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from medgemma_runtime.answer import EXAMPLES, generate
@@ -84,9 +84,10 @@ def info(artifact: ArtifactPath, as_json: AsJson = False) -> None:
         "licence": manifest.model.licence,
         "intended use": manifest.model.intended_use,
     }.items():
-        facts.add_row(Text(name, style="bold"), Text(printable(value)))
+        facts.add_row(Text(name, style="bold"), Text(printable(value), overflow="fold"))
     Console().print(facts)
-    tensors = Table("component", "", "tensor", "type", "shape", box=None)
+    headings = ("component", "", "tensor", "type", "shape")
+    tensors = Table(*(Column(heading, overflow="fold") for heading in headings), box=None)
     for component, entry in manifest.components.items():
         for direction, specs in (("in", entry.inputs), ("out", entry.outputs)):
             for spec in specs:
@@ -158,7 +159,9 @@ def classify(
         print_json({"images": _classes(images, names, answer, ranks)})
         return
     for row, path in enumerate(images):
-        table = Table("softmax", "sigmoid", "label", title=Text(printable(str(path))), title_justify="left")
+        # Above the table and not its title, which is wrapped to the table's width.
+        typer.echo(printable(str(path)))
+        table = Table("softmax", "sigmoid", "label")
         for column in ranks[row]:
             table.add_row(
                 f"{answer.softmax_over_labels[row, column]:.3f}",

@@ -55,11 +55,10 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         # way out: it would also end a download whose connection breaks.
         if isinstance(end.__context__, BrokenPipeError):
             return READER_GONE
+        if end.code == INTERRUPTED:  # Typer takes Ctrl-C itself and says nothing
+            typer.echo("interrupted", err=True)
         # Typer ends by itself: 0, a command's Exit, 2 for an option it does not know.
         return end.code if isinstance(end.code, int) else DONE
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        return INTERRUPTED
     except EdgeError as error:
         typer.echo(printable(f"error: {error}"), err=True)
     except OSError as error:
@@ -85,7 +84,10 @@ def progress_bar(first: str) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<40}", markup=False), BarColumn(), TimeElapsedColumn())
+    # A narrow terminal keeps room for the bar and the time.
+    width = min(40, console.width // 2)
+    description = TextColumn(f"{{task.description:<{width}.{width}}}", markup=False)
+    columns = (description, BarColumn(None), TimeElapsedColumn())
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(printable(first), total=None)
         yield lambda what, done, total: bar.update(

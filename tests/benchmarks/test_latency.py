@@ -90,6 +90,14 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, arguments, words: st
         )
 
 
+def test_a_model_that_answers_is_timed_by_another_command(tmp_path: Path) -> None:
+    whole = tiny_opened(tmp_path / "artifact")
+    entry = whole.manifest.components["image"]
+    answering = replace(whole, manifest=replace(whole.manifest, components={"decoder": entry}))
+    with pytest.raises(EdgeError, match=r"nor a text component to measure; time it with medgemma-bench gen"):
+        measure_latency(answering, [], [], repetition=QUICK)
+
+
 def test_an_artifact_without_a_direction_is_refused(tmp_path: Path) -> None:
     artifact = broken_image(tmp_path / "artifact", "Log")
     with pytest.raises(EdgeError, match="component 'image' gave NaN"):

@@ -53,6 +53,19 @@ def test_an_existing_destination_is_left_alone(out):
     assert (out / "mine.txt").read_text() == "keep"
 
 
+def test_a_place_where_nothing_can_be_written_is_refused_before_any_work(out, monkeypatch):
+    def must_not_decide(*args, **kwargs):
+        raise AssertionError("the place was not looked at first")
+
+    monkeypatch.setattr(build_module, "decide", must_not_decide)
+    (out.parent / "file").write_text("no directory")
+    with pytest.raises(EdgeError, match="file is no directory; name another --out"):
+        build(recipe(out.parent / "file" / "artifact"), progress=silent)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(EdgeError, match="is read-only; name another --out"):
+        build(recipe(out.parent / "deep" / "artifact"), progress=silent)
+
+
 def test_two_exports_to_one_place_do_not_mix(out):
     with open_package(out, key="a"), pytest.raises(EdgeError, match="another export is writing"):
         build(recipe(out), progress=silent)

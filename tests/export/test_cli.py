@@ -97,7 +97,7 @@ def test_context_and_adapter_reach_the_manifest(call, adapter, tmp_path):
     ("words", "says"),
     [
         ((*MEDGEMMA, "--context", 4097), "a context of 4097 tokens was asked for and the model has 4096"),
-        ((*MEDGEMMA, "--context", 1), "context 1 leaves no room for a prompt and an answer"),
+        ((*MEDGEMMA, "--context", 1), "context 1 leaves no room for a prompt and an answer; name more"),
         ((*MEDGEMMA, "--context", -5), "context -5 leaves no room"),
         ((*MEDSIGLIP, "--context", 64), "SiglipModel answers no prompts, so it has no context"),
         ((*MEDGEMMA, "--adapter", "absent"), "adapter absent is no directory"),
@@ -110,6 +110,29 @@ def test_exports_that_cannot_be(call, adapter, words, says):
         code, shown, error = call(export_main, *words, *more)
         assert (code, shown) == (2, "")
         assert error.startswith("error: ") and says in error and error.count("\n") == 1
+
+
+def test_a_scheme_that_is_no_file_says_which_name_there_is(call):
+    code, shown, error = call(export_main, *MEDGEMMA, "--scheme", "mobil", "--dry-run")
+    assert (code, shown) == (2, "")
+    assert error.startswith("error: scheme mobil is no file and not mobile, ") and "--precision" in error
+
+
+def test_a_plan_names_weights_whole_on_a_narrow_terminal(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    code, shown, _ = call(export_main, *MEDSIGLIP, "--dry-run")
+    assert code == 0 and "\N{HORIZONTAL ELLIPSIS}" not in shown
+
+
+def test_an_interruption_says_where_its_work_is(call, monkeypatch):
+    def stop(recipe, *, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build", stop)
+    assert call(export_main, *MEDSIGLIP, "--out", "made") == (130, "", "interrupted\n")
+    Path(".made.partial").mkdir()
+    says = "the same command goes on with what is finished in .made.partial\ninterrupted\n"
+    assert call(export_main, *MEDSIGLIP, "--out", "made") == (130, "", says)
 
 
 def test_references_take_a_revision(call, monkeypatch, tmp_path):

@@ -276,6 +276,8 @@ def test_raw_goes_on_with_the_text_itself(generate, generator):
     [
         ((), "either --prompt or --prompt-file"),
         (("--prompt", "x", "--prompt-file", "y"), "either --prompt or --prompt-file"),
+        (("--prompt", ""), "the question has no word in it"),
+        (("--prompt", " \n", "--raw"), "the question has no word in it"),
         (("--prompt-file", "image.png"), "is not UTF-8 text"),
         (("--prompt", "x", "--top-p", "0"), "--top-p above 0"),
         (("--prompt", "x", "--temperature", "inf"), "a finite number"),
@@ -322,7 +324,7 @@ def test_an_interruption_ends_the_line_and_the_program(generate, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Generator, "generate", interrupted)
-    assert generate("--prompt", "x") == (INTERRUPTED, "A red\n", "")
+    assert generate("--prompt", "x") == (INTERRUPTED, "A red\n", "interrupted\n")
 
 
 def test_the_help_has_examples_and_a_warning(generate):

@@ -70,6 +70,16 @@ def test_info_shows_the_manifest(commands: Commands) -> None:
     assert content["size_bytes"] == artifact.size_bytes
 
 
+def test_info_cuts_nothing_off_on_a_narrow_terminal(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    out = commands.done("info", "artifact")
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+    identity = open_artifact(commands.directory / "artifact").manifest_sha256
+    assert identity in "".join(out.split())
+
+
 def test_info_names_an_adapter(commands: Commands) -> None:
     assert re.search(r"adapter\s+none", commands.done("info", "artifact"))
     directory = commands.directory / "artifact"
@@ -134,8 +144,11 @@ def test_classify_finds_the_colour(commands: Commands) -> None:
 def test_classify_prints_a_table_with_the_best_labels(commands: Commands) -> None:
     (commands.directory / "labels.txt").write_text("\ufeffred\n\n  green \r\n[b] blue\n", encoding="utf-8")
     out = commands.done("classify", "artifact", "images/green.png", "--labels", "labels.txt")
+    assert out.startswith("images/green.png\n")
     assert out.index("green") < out.index("[b] blue")
     assert "red" in out
+    long = "images/../" * 5 + "images/green.png"
+    assert commands.done("classify", "artifact", long, "--label", "red").startswith(f"{long}\n")
     out = commands.done(*("classify", "artifact", "images/green.png", "--labels", "labels.txt", "--top", "1"))
     assert "red" not in out
     assert "0.993" in out

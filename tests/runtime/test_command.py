@@ -76,8 +76,9 @@ def test_a_real_error_of_the_system_is_one_sentence(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_ctrl_c_ends_as_shells_expect() -> None:
+def test_ctrl_c_ends_as_shells_expect_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(app_of(KeyboardInterrupt()), []) == INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,18 @@ def test_progress_shows_what_is_done_on_a_terminal(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "embedding [red]a\ufffd]0;title\ufffd" in captured.err
+
+
+def test_progress_has_a_bar_and_a_time_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    with progress_bar("opening") as progress:
+        progress("embedding a file with a very long name indeed.dcm", 1, 2)
+    shown = capsys.readouterr().err
+    assert "embedding a file wit" in shown and "embedding a file with" not in shown
+    assert "━━━" in shown and "0:00:0" in shown
 
 
 def test_progress_of_an_unknown_total_is_no_finished_bar(

@@ -65,7 +65,7 @@ def read_back(artifact: Artifact) -> Iterator[ReadFunction]:
     if artifact.manifest.target != "coreml":
         raise EdgeError(
             f"{artifact.directory.name} is an artifact of target {artifact.manifest.target}, and what is "
-            "read back is packages of Core ML"
+            "read back is packages of Core ML; give one of target coreml"
         )
     plan = read_plan(artifact.directory / artifact.manifest.quantization.plan)
     rows = {identifier(row.name): row for row in plan.rows}

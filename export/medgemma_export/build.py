@@ -169,7 +169,12 @@ def build(recipe: Recipe, *, progress: Progress) -> Artifact:
 
 
 def _target(recipe: Recipe) -> Target:
-    return choose_target(recipe.target, units=recipe.units, delegate=recipe.delegate)
+    return choose_target(
+        recipe.target,
+        units=recipe.units,
+        delegate=recipe.delegate,
+        separate_weights=recipe.separate_weights,
+    )
 
 
 def _quantize(recipe: Recipe, decision: Decision, directory: Path, progress: Progress) -> QuantizedWeights:

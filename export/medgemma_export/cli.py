@@ -88,6 +88,10 @@ def export(
         Delegate | None,
         typer.Option(help="Who computes in an ExecuTorch program; xnnpack if left. coreml takes encoders."),
     ] = None,
+    separate_weights: Annotated[
+        bool,
+        typer.Option("--separate-weights", help="Put an ExecuTorch program's weights into a .ptd file."),
+    ] = False,
     method: Annotated[MethodName, typer.Option(help="How integers are found.")] = "rtn",
     calibration: Annotated[
         str | None,
@@ -134,6 +138,7 @@ def export(
             calibration=calibration,
             calibration_bytes=int(calibration_memory * 1e9),
             delegate=delegate,
+            separate_weights=separate_weights,
             budget=_budget(budget, max_kl),
             sensitivity=sensitivity,
             units=units,

@@ -31,6 +31,7 @@ class Recipe:
         calibration_bytes: Memory for activations; what does not fit goes to the disk.
         units: Whose layout a Core ML program gets; None is the GPU's there, and nothing elsewhere.
         delegate: Who computes in an ExecuTorch program; None is XNNPACK there, and nothing elsewhere.
+        separate_weights: Whether weights of an ExecuTorch program get a file of their own.
         budget: How far 8-bit weights may go among those of a 4-bit scheme; None for the scheme as it is.
         sensitivity: A file with what 4 bits on each weight cost; written if it is not there. None keeps none.
     """
@@ -48,6 +49,7 @@ class Recipe:
     calibration_bytes: int = 2 << 30
     units: Units | None = None
     delegate: Delegate | None = None
+    separate_weights: bool = False
     budget: Budget | None = None
     sensitivity: Path | None = None
 

@@ -72,6 +72,12 @@ def test_the_mobile_scheme_stores_the_image_tower_in_int8_and_all_else_in_wide_b
     assert towers == {8}
 
 
+def test_weights_apart_are_asked_of_executorch_alone(call):
+    code, _, said = call(export_main, *MEDSIGLIP, "--separate-weights", "--dry-run")
+    assert code == 2
+    assert "--separate-weights is a choice within --target executorch; onnx has none" in said
+
+
 def test_a_model_without_prompts_has_no_context_to_show(call):
     code, shown, _ = call(export_main, *MEDSIGLIP, "--dry-run")
     assert code == 0 and "context" not in shown

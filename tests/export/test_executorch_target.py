@@ -27,9 +27,9 @@ def medgemma():
     return load_model(open_checkpoint("sample:medgemma-tiny"))
 
 
-def refusal(model, scheme, delegate="xnnpack"):
+def refusal(model, scheme, delegate="xnnpack", **choices):
     with pytest.raises(EdgeError) as caught:
-        ExecutorchTarget(delegate=delegate).check(model, make_plan(scheme, model.weights()))
+        ExecutorchTarget(delegate=delegate, **choices).check(model, make_plan(scheme, model.weights()))
     return str(caught.value)
 
 
@@ -73,6 +73,11 @@ def test_core_ml_takes_floats_only(model):
     assert "delegate coreml multiplies floats only" in refusal(model, scheme, "coreml")
 
 
+def test_core_ml_keeps_its_weights_to_itself(model):
+    message = refusal(model, SCHEMES["fp32"], "coreml", separate_weights=True)
+    assert "delegate coreml keeps weights in its own form; leave the option out" in message
+
+
 def test_core_ml_without_its_package_is_refused(monkeypatch):
     from medgemma_export.targets.executorch_coreml import coreml_partitioner
 
@@ -89,11 +94,14 @@ def test_a_context_must_hold_a_question_and_fit_memory(medgemma, context, messag
     assert message in refusal(limited, SCHEMES["int4"])
 
 
-def test_only_executorch_has_delegates():
+def test_only_executorch_has_delegates_and_weights_apart():
     assert choose_target("executorch", delegate="portable") == ExecutorchTarget(delegate="portable")
+    assert choose_target("executorch", separate_weights=True) == ExecutorchTarget(separate_weights=True)
     assert choose_target("onnx") is TARGETS["onnx"]
     with pytest.raises(EdgeError, match="within --target executorch; onnx has none"):
         choose_target("onnx", delegate="xnnpack")
+    with pytest.raises(EdgeError, match="--separate-weights is a choice within --target executorch"):
+        choose_target("coreml", separate_weights=True)
     with pytest.raises(EdgeError, match="'cuda' is unknown; choose one of xnnpack"):
         choose_target("executorch", delegate="cuda")
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from medgemma_export.targets import TARGETS
 from medgemma_export.torch_ops import compute
 from medgemma_export.unpack import compare_integers
 from medgemma_quantization.weights import QuantizedWeights, quantize_weights
+from medgemma_runtime.artifact import open_artifact, sha256_file
 from medgemma_runtime.backends import open_session
 from medgemma_runtime.backends.executorch import ExecutorchSession
 from medgemma_runtime.decoder import Decoder
@@ -31,6 +33,7 @@ from medgemma_runtime.embed import Embedder
 from medgemma_runtime.errors import ArtifactError, EdgeError
 from medgemma_runtime.generate import GenerateOptions, Generator
 from medgemma_runtime.images import normalize, resize
+from medgemma_runtime.manifest import FileEntry, write_manifest
 from medgemma_runtime.prompt import Image, Message, Text
 from medgemma_runtime.text import load_tokenizer
 from tests.export.short_models import load_short_model
@@ -45,7 +48,17 @@ IMAGE = slice(40, 56)
 class Built:
     """An artifact, what it was made of, and the integers."""
 
-    def __init__(self, directory, *, model, precision, target="executorch", components=(), delegate=None):
+    def __init__(
+        self,
+        directory,
+        *,
+        model,
+        precision,
+        target="executorch",
+        components=(),
+        delegate=None,
+        separate_weights=False,
+    ):
         scheme = TARGETS["executorch"].scheme(precision)
         context = 700 if "medgemma" in model else None
         recipe = Recipe(
@@ -57,18 +70,42 @@ class Built:
             out=directory / f"{target}-{precision}",
             context=context,
             delegate=delegate,
+            separate_weights=separate_weights,
         )
+        self._other = directory / "other"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build_module, "load_model", load_short_model)
             patch.setattr(build_module, "check_tensors", lambda *_: None)  # it has more layers
+            patch.setattr("medgemma_export.targets.executorch_lower.write_program", self._write_both)
             self.artifact, decision = build(recipe, progress=lambda *_: None), decide(recipe)
         self.parts = {component.name: component for component in decision.model.components}
         self.weights = quantize_weights(
             decision.plan, decision.model.reader(decision.checkpoint), directory / f"weights-{precision}"
         )
 
-    def decoder(self):
-        sessions = (open_session(self.artifact, name, threads=1) for name in ("embed", "decoder"))
+    def _write_both(self, lowered, path, stand_ins, *, data):
+        from medgemma_export.targets.executorch_file import write_program
+
+        write_program(lowered, path, stand_ins, data=data)
+        self._other.mkdir()
+        data = self._other / "model.ptd" if data is None else None
+        write_program(lowered, self._other / "model.pte", stand_ins, data=data)
+
+    @cached_property
+    def other(self):
+        """The same artifact, with weights apart if they lie in the program and in it if they lie apart."""
+        for entry in self.artifact.manifest.files:
+            if not entry.path.startswith("model.pt"):
+                shutil.copy(self.artifact.path(entry.path), self._other)
+        files = tuple(
+            FileEntry(path=path.name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
+            for path in sorted(self._other.iterdir())
+        )
+        write_manifest(replace(self.artifact.manifest, files=files), self._other)
+        return open_artifact(self._other)
+
+    def decoder(self, artifact=None):
+        sessions = (open_session(artifact or self.artifact, name, threads=1) for name in ("embed", "decoder"))
         return Decoder(*sessions, self.artifact.manifest.prompt)
 
 
@@ -81,6 +118,11 @@ def floats(tmp_path_factory):
 def integers(tmp_path_factory):
     directory = tmp_path_factory.mktemp("integers")
     return Built(directory, model="sample:medgemma-tiny", precision="int4", components=("embed", "decoder"))
+
+
+@pytest.fixture(scope="module")
+def apart(integers):
+    return integers.other
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +329,82 @@ def test_a_table_that_is_also_the_head_lies_in_the_file_once(integers):
     assert integers.artifact.path("model.pte").read_bytes().count(rows.tobytes()) == 1
 
 
+def test_weights_apart_compute_the_same(integers, apart, conversation):
+    ids, blocks, features = conversation
+    logits = []
+    for artifact in (integers.artifact, apart):
+        decoder = integers.decoder(artifact)
+        cache = decoder.new_cache(LENGTH)
+        found = [decoder.read(cache, ids[:90], image_blocks=blocks[:90], image_features=counted(features))]
+        found += [decoder.read(cache, ids[90:619]), decoder.read(cache, ids[619:620])]
+        logits.append(np.stack(found))
+    assert np.isfinite(logits[0]).all()
+    assert np.array_equal(*logits)
+
+
+def test_weights_apart_are_the_same_integers(integers, apart):
+    from medgemma_export.targets.executorch_unpack import compare_program
+
+    program = apart.path("model.pte")
+    changed = OneChanged(**vars(integers.weights))
+    for component in integers.parts.values():
+        compare_program(program, component, integers.weights)
+        with pytest.raises(ArtifactError, match=r"model.pte does not carry language_model"):
+            compare_program(program, component, changed)
+
+
+def test_weights_apart_lie_in_their_file_once_and_not_in_the_program(integers, apart):
+    from executorch.exir._serialize._cord import Cord
+    from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+
+    from medgemma_export.targets.executorch_file import read_program
+    from medgemma_export.targets.executorch_program import pack_table
+
+    program, data = apart.path("model.pte").read_bytes(), apart.path("model.ptd").read_bytes()
+    [table] = [row.name for row in integers.weights.plan.rows if row.role == "table"]
+    rows, scales = pack_table(integers.weights.quantized(table))
+    for part in (rows, scales):
+        assert (data.count(part.tobytes()), program.count(part.tobytes())) == (1, 0)
+    description, _ = read_program(apart.path("model.pte"))
+    assert not description.named_data
+    # What is left is delegates' graphs.
+    inside = {delegate.processed.index for plan in description.execution_plan for delegate in plan.delegates}
+    assert [index for index, segment in enumerate(description.segments) if segment.size] == sorted(inside)
+    stored = sum(row.stored_bits // 8 for row in integers.weights.plan.rows)
+    assert integers.artifact.path("model.pte").stat().st_size - len(program) > stored
+    # ExecuTorch's own writer, which holds all of it in memory, writes the same bytes.
+    writer = FlatTensorSerializer()
+    assert bytes(writer.serialize(writer.deserialize(Cord(data)))) == data
+
+
+def test_missing_and_damaged_weights_are_refused(apart, tmp_path):
+    copy = copied(apart, tmp_path)
+    weights = copy.directory / "model.ptd"
+    content = weights.read_bytes()
+    for damaged in (content[:-1], content[:2000], content[:20], b"", bytes(len(content))):
+        weights.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=r"Failed to load data map.*model\.ptd.*a file is damaged"):
+            ExecutorchSession(copy, "decoder")
+    weights.unlink()
+    with pytest.raises(ArtifactError, match=r"model\.ptd is missing from copy; copy it or export again"):
+        ExecutorchSession(copy, "decoder")
+
+
+@pytest.mark.parametrize("component", ["embed", "decoder"])
+def test_weights_of_another_export_are_refused(floats, apart, tmp_path, component):
+    """Their names are alike, and XNNPACK itself looks at no sizes."""
+    for index, (artifact, foreign) in enumerate(itertools.permutations((apart, floats.other))):
+        copy = copied(artifact, tmp_path / str(index))
+        shutil.copy(foreign.path("model.ptd"), copy.directory)
+        with pytest.raises(ArtifactError, match=r"model\.ptd is of another export and has not all"):
+            ExecutorchSession(copy, component)
+
+
+def copied(artifact, directory):
+    shutil.copytree(artifact.directory, directory / "copy")
+    return replace(artifact, directory=directory / "copy")
+
+
 def test_the_shared_runners_constants_are_there(integers):
     from executorch.runtime import Runtime
 
@@ -307,8 +425,8 @@ def test_the_shared_runners_constants_are_there(integers):
         assert given == (value if isinstance(value, list) else [value]), name
 
 
-@pytest.mark.parametrize("has_image", [False, True])
-def test_executorchs_own_runner_writes_the_same(floats, has_image):
+@pytest.mark.parametrize(("has_image", "is_apart"), [(False, False), (True, False), (True, True)])
+def test_executorchs_own_runner_writes_the_same(floats, has_image, is_apart):
     from executorch.extension.llm.runner import (
         GenerationConfig,
         MultimodalRunner,
@@ -322,7 +440,11 @@ def test_executorchs_own_runner_writes_the_same(floats, has_image):
     rng = np.random.default_rng(4)
     size = (3, manifest.image.height, manifest.image.width)
     vision, decoder = open_session(floats.artifact, "vision", threads=1), floats.decoder()
-    runner = MultimodalRunner(str(directory / "model.pte"), str(directory / "tokenizer.json"))
+    data = None
+    if is_apart:
+        directory = floats.other.directory
+        data = str(directory / "model.ptd")
+    runner = MultimodalRunner(str(directory / "model.pte"), str(directory / "tokenizer.json"), data)
     answers = set()
     # Its tokenizer takes a text that is a token whole, even where merges lead elsewhere (" of" here).
     for before, after in itertools.permutations(("a scan", "the chest", "liver"), 2):
@@ -425,11 +547,17 @@ def test_portable_kernels_alone_compute_the_same(tmp_path):
         precision="fp32",
         components=("text",),
         delegate="portable",
+        separate_weights=True,
     )
+    open_artifact(built.artifact.directory).path("model.ptd")  # the manifest lists it
     ids = load_tokenizer(built.artifact.directory, built.artifact.manifest.text).encode(["a scan"])
-    actual = open_session(built.artifact, "text", threads=1).run({"input_ids": ids})["pooler_output"]
+    actual, whole = (
+        open_session(artifact, "text", threads=1).run({"input_ids": ids})["pooler_output"]
+        for artifact in (built.artifact, built.other)
+    )
     expected = compute(built.parts["text"], built.weights, {"input_ids": ids})["pooler_output"]
     assert np.abs(actual - expected).max() < 1e-4
+    assert np.array_equal(actual, whole)
     said = json.loads(built.artifact.path("delegation.json").read_text())
     assert said["delegate"] == "portable"
     assert said["methods"]["text_encoder"]["delegated"] == said["methods"]["text_encoder"]["calls"] == 0

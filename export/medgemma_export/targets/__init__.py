@@ -70,9 +70,19 @@ TARGETS: dict[TargetName, Target] = {
 
 
 def choose_target(
-    name: TargetName, *, units: Units | None = None, delegate: Delegate | None = None
+    name: TargetName,
+    *,
+    units: Units | None = None,
+    delegate: Delegate | None = None,
+    separate_weights: bool = False,
 ) -> Target:
-    """A format, and whose layout within Core ML, or who computes within ExecuTorch; None is its own choice.
+    """A format, with what is chosen within it: whose layout, who computes, where weights go.
+
+    Args:
+        name: From `TARGETS`.
+        units: Whose layout within Core ML; None is the format's own choice.
+        delegate: Who computes within ExecuTorch; None is the format's own choice.
+        separate_weights: Whether weights get a file of their own within ExecuTorch.
 
     Raises:
         EdgeError: If the format has no such choice, or not this one.
@@ -85,6 +95,10 @@ def choose_target(
             raise EdgeError(f"{option} {choice} is a choice within --target {owner}; {name} has none")
         if choice is not None and choice not in known:
             raise EdgeError(f"{option} {choice!r} is unknown; choose one of {', '.join(known)}")
+    if separate_weights and name != "executorch":
+        raise EdgeError(f"--separate-weights is a choice within --target executorch; {name} has none")
     if units is not None:
         return CoremlTarget(units=units)
-    return TARGETS[name] if delegate is None else ExecutorchTarget(delegate=delegate)
+    if delegate is None and not separate_weights:
+        return TARGETS[name]
+    return ExecutorchTarget(delegate=delegate or "xnnpack", separate_weights=separate_weights)

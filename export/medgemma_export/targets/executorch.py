@@ -3,6 +3,7 @@
 - XNNPACK multiplies int4 in blocks of 32 and int8 per channel by activations that it rounds to int8, one
   range for each token; what it cannot take runs in ExecuTorch's own kernels;
 - pixels go in as uint8: the normalization is in the program, so no app can get it wrong;
+- weights lie in the program's file, or in a `model.ptd` beside it that programs ask by name;
 - keys and values lie in buffers of the program. Layers with a window keep a ring of them;
 - an embedding has one column more than the model's width: how many tokens of the same image follow. Vision
   features count down, texts have 0. From it the decoder makes its mask, so that ExecuTorch's own runners,
@@ -19,7 +20,7 @@ from medgemma_export.models.spec import Component, ModelSpec
 from medgemma_quantization.plan import PackedWeight, QuantPlan, refuse_palettes
 from medgemma_quantization.scheme import INT8, SCHEMES, Scheme, SchemeName
 from medgemma_quantization.weights import QuantizedWeights
-from medgemma_runtime.backends.executorch import METHODS
+from medgemma_runtime.backends.executorch import METHODS, weights_path
 from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.manifest import ComponentEntry, PromptSpec, TensorSpec
 
@@ -59,10 +60,12 @@ class ExecutorchTarget:
     Attributes:
         delegate: Who computes: `xnnpack`; `portable` for ExecuTorch's own kernels alone; `coreml`,
             which takes encoders in float32.
+        separate_weights: Whether weights get a file of their own, beside the program's.
     """
 
     cuts_tables: ClassVar[bool] = False
     delegate: Delegate = "xnnpack"
+    separate_weights: bool = False
 
     def scheme(self, name: SchemeName) -> Scheme:
         """See `Target`. XNNPACK has blocks of int4 only, so int8 tables are stored per channel."""
@@ -80,6 +83,11 @@ class ExecutorchTarget:
             raise EdgeError(
                 "delegate coreml takes encoders only in this version and the model has a decoder; use "
                 "--target coreml, which writes Core ML packages with the same integers"
+            )
+        if self.delegate == "coreml" and self.separate_weights:
+            raise EdgeError(
+                "--separate-weights was asked for and delegate coreml keeps weights in its own form; leave "
+                "the option out, or use --delegate xnnpack or portable"
             )
         refuse_palettes(plan, "XNNPACK")
         heads = {
@@ -154,6 +162,7 @@ class ExecutorchTarget:
             directory / PROGRAM,
             stand_ins,
             delegate=self.delegate,
+            data=weights_path(directory / PROGRAM) if self.separate_weights else None,
         )
         report = {
             "delegate": self.delegate,

@@ -3,8 +3,13 @@
 ExecuTorch writes constants of kernels into one segment, and what a delegate asked for by name into others. A
 table that is looked up and also multiplied would lie in both. A segment is a range of the file, so a named
 one may lie inside the constants.
+
+Weights may go into a .ptd file instead. Kernels then ask for constants by name too, so a table has one.
 """
 
+import hashlib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,9 +21,19 @@ from executorch.exir._serialize._program import (
     _insert_flatbuffer_header,
 )
 from executorch.exir._serialize.padding import aligned_size, pad_to
-from executorch.exir.schema import DataSegment, Program
+from executorch.exir.schema import (
+    DataSegment,
+    ExtraTensorInfo,
+    Program,
+    SubsegmentOffsets,
+    Tensor,
+    TensorDataLocation,
+)
+from executorch.exir.tensor import get_scalar_type
+from executorch.exir.tensor_layout import TensorLayout
 from numpy.typing import NDArray
 
+from medgemma_export.targets.executorch_data import Named, write_data, write_weight
 from medgemma_export.targets.executorch_stand_ins import MARK_BYTES, LateWeight, StandIns
 
 __all__ = ["constant_parts", "read_program", "write_program"]
@@ -49,7 +64,7 @@ def constant_parts(program: Program, segments: list[NDArray[np.uint8]]) -> dict[
     }
 
 
-def write_program(lowered: Path, path: Path, stand_ins: StandIns) -> None:
+def write_program(lowered: Path, path: Path, stand_ins: StandIns, *, data: Path | None = None) -> None:
     """Write a .pte file anew, with weights in the places of their stand-ins.
 
     A weight that kernels read and a delegate has asked for by name is written once.
@@ -58,6 +73,7 @@ def write_program(lowered: Path, path: Path, stand_ins: StandIns) -> None:
         lowered: What ExecuTorch wrote.
         path: The new file.
         stand_ins: All that `lowered` may hold; each must have its place there.
+        data: A .ptd file to write all constants to, by name; None leaves them in the program's file.
     """
     program, old = read_program(lowered)
     constants = program.constant_segment.segment_index
@@ -77,6 +93,9 @@ def write_program(lowered: Path, path: Path, stand_ins: StandIns) -> None:
     lost = {weight.name for weight in stand_ins.weights} - places.keys()
     lost -= {weight.name for weight in named.values()}
     assert not lost, f"weights without a place in the program: {sorted(lost)}"
+    if data is not None:
+        write_data(data, _take_out(program, old, among_constants, named))
+        among_constants, named = {}, {}
 
     program.segments, end = [], 0
     for index, content in enumerate(old):
@@ -95,7 +114,7 @@ def write_program(lowered: Path, path: Path, stand_ins: StandIns) -> None:
                 continue
             file.write(bytes(base + segment.offset - file.tell()))
             if weight is not None:
-                _write(file, weight)
+                write_weight(file, weight)
             else:
                 _write_with(file, old[index], among_constants if index == constants else {})
 
@@ -105,17 +124,60 @@ def _write_with(file: BinaryIO, content: NDArray[np.uint8], weights: dict[int, L
     start = 0
     for offset, weight in sorted(weights.items()):
         content[start:offset].tofile(file)
-        _write(file, weight)
+        write_weight(file, weight)
         start = offset + weight.size
     content[start:].tofile(file)
 
 
-def _write(file: BinaryIO, weight: LateWeight) -> None:
-    size = 0
-    for piece in weight.pieces():
-        piece.tofile(file)
-        size += piece.nbytes
-    assert size == weight.size, f"{weight.name} has another size"
+def _take_out(
+    program: Program,
+    segments: list[NDArray[np.uint8]],
+    among_constants: dict[int, LateWeight],
+    named: dict[int, LateWeight],
+) -> dict[str, Named]:
+    """Take all constants out of a program and its segments, and have it ask for them by name.
+
+    What is no weight is called by its content, as XNNPACK does it: a program that another file is given to
+    finds that names are missing.
+    """
+    taken: dict[str, Named] = {}
+    parts = constant_parts(program, segments)
+    for tensor in _constant_tensors(program):
+        place = program.constant_segment.offsets[tensor.data_buffer_idx]
+        layout = TensorLayout(tensor.scalar_type, tensor.sizes, tensor.dim_order)
+        size = math.prod(tensor.sizes) * get_scalar_type(tensor.scalar_type).itemsize
+        if weight := among_constants.get(place):
+            name, entry = weight.key, Named(content=weight, layout=layout)
+        else:
+            content = parts[place][:size]
+            name, entry = _content_name(content, layout), Named(content=content, layout=layout)
+        held = taken.setdefault(name, entry)
+        assert held.layout == layout and held.size == size, f"kernels read {name} in two ways"
+        info = tensor.extra_tensor_info or ExtraTensorInfo()
+        info.fully_qualified_name, info.location = name, TensorDataLocation.EXTERNAL
+        tensor.extra_tensor_info, tensor.data_buffer_idx = info, 0
+    places = {data.key: data.segment_index for data in program.named_data or []}
+    for key, place in places.items():
+        taken.setdefault(key, Named(content=named.get(place, segments[place])))
+    first = min(places.values(), default=len(segments))
+    assert first + len(set(places.values())) == len(segments), "named data come last"
+    del segments[first:]
+    segments[program.constant_segment.segment_index] = np.empty(0, np.uint8)
+    # Of tensors without content.
+    program.constant_segment = SubsegmentOffsets(program.constant_segment.segment_index, [0])
+    program.named_data = []
+    return taken
+
+
+def _constant_tensors(program: Program) -> Iterator[Tensor]:
+    for plan in program.execution_plan:
+        for value in plan.values:
+            if isinstance(value.val, Tensor) and value.val.data_buffer_idx and not value.val.allocation_info:
+                yield value.val
+
+
+def _content_name(content: NDArray[np.uint8], layout: TensorLayout) -> str:
+    return hashlib.sha256(repr(layout).encode() + content.tobytes()).hexdigest()
 
 
 def _program_bytes(program: Program, *, segment_bytes: int) -> bytes:

@@ -287,6 +287,7 @@ def lower_program(
     stand_ins: StandIns,
     *,
     delegate: str,
+    data: Path | None = None,
 ) -> dict[str, Share]:
     """Write exported methods as one program.
 
@@ -296,6 +297,7 @@ def lower_program(
         path: The .pte file.
         stand_ins: The weights that methods hold stand-ins of.
         delegate: What takes all it can, `portable` for nothing.
+        data: A .ptd file for the weights; None leaves them in the program's.
 
     Returns:
         What the delegate took of each method. Beside the program, `layers.json` says where it shows its
@@ -319,7 +321,7 @@ def lower_program(
     with without_weights.open("wb") as file:
         lowered.write_to_file(file)
     if stand_ins.weights:
-        write_program(without_weights, path, stand_ins)
+        write_program(without_weights, path, stand_ins, data=data)
         without_weights.unlink()
     else:
         without_weights.rename(path)

@@ -35,7 +35,7 @@ class LateWeight:
     """A weight as a program's file holds it.
 
     Attributes:
-        name: What the file calls it. What has the same bytes has the same name.
+        name: Its own, or that of a part. What has the same bytes has the same name.
         size: Bytes.
         pieces: Makes them, in order, as contiguous arrays.
     """
@@ -43,6 +43,11 @@ class LateWeight:
     name: str
     size: int
     pieces: Callable[[], Iterator[NDArray[Any]]]
+
+    @property
+    def key(self) -> str:
+        """What files call it. XNNPACK holds no sizes against each other, so the name says it."""
+        return f"{self.name}:{self.size}"
 
     @property
     def mark(self) -> bytes:
@@ -102,10 +107,10 @@ class StandIns:
                 index: int = serialize(visitor, tensor, graph, *arguments, **keywords)
                 return index
             graph.constant_data.append(
-                ConstantDataOffset(offset=UINT64_MAX, size=weight.size, named_key=weight.name)
+                ConstantDataOffset(offset=UINT64_MAX, size=weight.size, named_key=weight.key)
             )
             store: NamedDataStore = visitor._named_data_store
-            store.add_named_data(weight.name, weight.mark, alignment=_ALIGNMENT)
+            store.add_named_data(weight.key, weight.mark, alignment=_ALIGNMENT)
             return len(graph.constant_data) - 1
 
         NodeVisitor.get_serialized_buffer_index = name_or_serialize

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_export.models.spec import Component
+from medgemma_export.targets.executorch_data import read_data
 from medgemma_export.targets.executorch_file import constant_parts, read_program
 from medgemma_export.targets.executorch_program import (
     Survey,
@@ -18,6 +19,7 @@ from medgemma_export.targets.executorch_program import (
 from medgemma_export.targets.executorch_stand_ins import LateWeight
 from medgemma_quantization.scheme import Storage
 from medgemma_quantization.weights import QuantizedWeights
+from medgemma_runtime.backends.executorch import weights_path
 from medgemma_runtime.errors import ArtifactError
 
 __all__ = ["compare_program"]
@@ -33,7 +35,8 @@ def compare_program(program: Path, component: Component, weights: QuantizedWeigh
     only when it is computed.
 
     Args:
-        program: A .pte file that `medgemma_export.targets.executorch` wrote.
+        program: A .pte file that `medgemma_export.targets.executorch` wrote. If it has a .ptd file, that lies
+            beside it.
         component: What one of its methods computes.
         weights: The integers, made from checkpoint and plan.
 
@@ -43,6 +46,10 @@ def compare_program(program: Path, component: Component, weights: QuantizedWeigh
     description, segments = read_program(program)
     named = {entry.key: segments[entry.segment_index] for entry in description.named_data or []}
     for_kernels = list(constant_parts(description, segments).values())
+    if (data := weights_path(program)).exists():
+        apart, contents = read_data(data)
+        named |= {entry.key: contents[entry.segment_index] for entry in apart.named_data}
+        for_kernels += [contents[entry.segment_index] for entry in apart.named_data if entry.tensor_layout]
     survey = Survey(component)
     for name in dict.fromkeys([*sorted(survey.multiplied), *sorted(survey.looked_up)]):
         row, head_width = weights.plan.by_name[name], survey.halved.get(name)
@@ -53,7 +60,7 @@ def compare_program(program: Path, component: Component, weights: QuantizedWeigh
             is_head = name in survey.heads
             parts = [late_table(name, weights)] if is_head else late_matrix(name, weights, head_width)
             for part in parts:
-                is_there &= _is_among([named[part.name]] if part.name in named else for_kernels, part)
+                is_there &= _is_among([named[part.key]] if part.key in named else for_kernels, part)
         if not row.storage.is_float:
             scales = weights.scales(name)
             held = named.values()

@@ -18,7 +18,7 @@ from medgemma_runtime.errors import ArtifactError, EdgeError
 from medgemma_runtime.manifest import ComponentEntry, ImageSpec
 from medgemma_runtime.session import check_inputs
 
-__all__ = ["ExecutorchSession", "METHODS"]
+__all__ = ["ExecutorchSession", "METHODS", "weights_path"]
 
 METHODS = {
     "image": "image_encoder",
@@ -51,7 +51,8 @@ class ExecutorchSession:
         load_seconds: Time that reading and packing took.
 
     Raises:
-        ArtifactError: If there is no such component, or the program cannot be loaded or has no such method.
+        ArtifactError: If there is no such component, the program has no such method or cannot be loaded, or
+            weights of its own file are missing, damaged, or of another export.
         EdgeError: If ExecuTorch is not installed, or `threads` cannot be.
     """
 
@@ -79,10 +80,14 @@ class ExecutorchSession:
         if threads is not None:
             runtime._legacy_module._unsafe_reset_threadpool(threads)
         program, method = artifact.path(self.entry.program), METHODS[component]
+        weights = _find_weights(artifact, self.entry.program)
         started = time.perf_counter()
         try:
             self._program = runtime.load_program(
-                program, enable_etdump=profile_to is not None, debug_buffer_size=values_bytes
+                program,
+                enable_etdump=profile_to is not None,
+                debug_buffer_size=values_bytes,
+                data_path=weights,
             )
             if method not in self._program.method_names:
                 raise ArtifactError(
@@ -91,9 +96,15 @@ class ExecutorchSession:
                 )
             self._method = self._program.load_method(method)
         except RuntimeError as error:
+            cause = "the file is damaged or of another version: export again"
+            if weights is not None:
+                cause = (
+                    f"a file is damaged, or {weights.name} is of another export and has not all that "
+                    f"{program.name} asks it for: copy both again from one artifact, or export again"
+                )
             raise ArtifactError(
                 f"component {component!r} ({self.entry.program}) cannot be loaded by ExecuTorch: "
-                f"{_reason(error)}; the file is damaged or of another version: export again"
+                f"{_reason(error)}; {cause}"
             ) from None
         self.load_seconds = time.perf_counter() - started
         takes = self._method.metadata.num_inputs()
@@ -171,6 +182,26 @@ class ExecutorchSession:
         placed = embeddings.copy()
         placed[places] = features
         return placed
+
+
+def weights_path(program: Path) -> Path:
+    """Where a program's weights lie that are not in its own file."""
+    return program.with_suffix(".ptd")
+
+
+def _find_weights(artifact: Artifact, program: str) -> Path | None:
+    """The file of a program's weights, or None where they are in the program's own.
+
+    Raises:
+        ArtifactError: If the manifest lists one that is not there.
+    """
+    name = weights_path(Path(program)).as_posix()
+    if all(entry.path != name for entry in artifact.manifest.files):
+        return None
+    path = artifact.path(name)
+    if not path.is_file():
+        raise ArtifactError(f"{name} is missing from {artifact.directory.name}; copy it or export again")
+    return path
 
 
 def _load_runtime() -> Any:

@@ -1,5 +1,6 @@
 """From outputs to measured values, and from values to verdicts."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,11 +117,16 @@ class Judge:
         first = next((layer for layer in seen if gate.judge(layer.relative_error) == "FAIL"), None)
         shown = first or max(seen, key=lambda layer: layer.relative_error or 0.0)
         unseen = [layer.name for layer in layers if not layer.is_seen]
-        parts = [
-            f"{component} departs first at {first.name}"
-            if first
-            else f"{component} departs nowhere, most at {shown.name}"
-        ]
+        parts = [f"{component} departs nowhere, most at {shown.name}"]
+        if first is not None:
+            place = layers.index(first)
+            hidden = itertools.takewhile(lambda layer: not layer.is_seen, reversed(layers[:place]))
+            suspects = [*(layer.name for layer in reversed(list(hidden))), first.name]
+            if first.is_result:
+                suspects[-1] = "the head"
+            parts = [f"{component} departs first at {first.name}"]
+            if first.is_result or len(suspects) > 1:
+                parts[0] += f": {' or '.join(suspects)} is wrong"
         if shown.undefined:
             parts.append(shown.undefined)
         if unseen:

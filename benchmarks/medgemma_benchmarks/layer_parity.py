@@ -1,10 +1,12 @@
 """Finds the first layer whose output departs from the reference's: where a wrong artifact goes wrong.
 
 The reference holds the residual stream between the layers of a few inputs. The artifact's own program is run
-on the same inputs, and shows the same values; an error stays small until the layer that makes it.
+on the same inputs, and shows the same values; an error stays small until the layer that makes it. Last comes
+the component's own result: its head is judged by it, and before it a layer that an engine does not show.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from medgemma_benchmarks.bundle import ReferenceBundle
 from medgemma_benchmarks.bundle_record import ReferencePrompt
 from medgemma_benchmarks.judge import Judge, compare_component
-from medgemma_benchmarks.parity_inputs import ParityError, residual_scale
+from medgemma_benchmarks.parity_inputs import ParityError, features_to_compare, residual_scale
 from medgemma_benchmarks.parity_report import LayerParity
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends import open_session
@@ -30,6 +32,7 @@ MAX_ITEMS = 2
 """Images, or captions, whose layers a reference holds: the first ones."""
 
 _INPUT = {"image": "pixel_values", "vision": "pixel_values", "text": "input_ids"}
+_RESULT = {"image": "pooler_output", "vision": "image_features", "text": "pooler_output", "decoder": "logits"}
 
 _States = dict[str, NDArray[np.float32]]
 
@@ -84,20 +87,46 @@ def check_layers(
         if progress is not None:
             progress(f"running {component} layer by layer", number, len(recorded))
         states = bundle.arrays[f"{component}.layers"]
-        names = layer_names(states.shape[1] - 1)
+        names, result = layer_names(states.shape[1] - 1), _RESULT[component]
         scale = residual_scale(artifact) if component == "decoder" else 1.0
         if component == "decoder":
-            items = _decoder_states(artifact, bundle, names, threads, arithmetic)
+            items = list(_decoder_states(artifact, bundle, names, threads, arithmetic))
         else:
-            items = _encoder_states(artifact, component, bundle, names, threads, arithmetic)
-        found[component] = _compare(names, list(items), states * np.float32(scale), scale)
+            items = list(_encoder_states(artifact, component, bundle, names, threads, arithmetic))
+        rows = _compare(names, items, states * np.float32(scale), scale)
+        expected = _recorded_result(bundle, component)
+        if expected is not None:
+            actual = np.concatenate([item[result] for item in items])
+            if component == "vision":
+                actual = features_to_compare(artifact, actual)
+            rows.append(_row(result, actual=actual, reference=expected[: len(actual)], is_result=True))
+        found[component] = tuple(rows)
         judge.layers(component, found[component])
     return found
 
 
+def _recorded_result(bundle: ReferenceBundle, component: str) -> NDArray[np.float32] | None:
+    """What a component gives for the inputs whose layers are compared, and more of them.
+
+    None where the reference predicts nothing after the tokens that a decoder's layers are compared by.
+    """
+    if component != "decoder":
+        array: NDArray[np.float32] = bundle.arrays[f"{component}.{_RESULT[component]}"]
+        return array
+    prompts, place = bundle.record.prompts, prompt_of_layers(bundle.record.prompts)
+    assert place is not None  # a reference without them holds no decoder's layers
+    before = list(itertools.takewhile(lambda prompt: prompt.images, prompts))
+    row = place[1] - place[0] - prompts[len(before)].given_tokens
+    if row < 0:
+        return None
+    hidden = bundle.arrays["decoder.hidden_states"][sum(prompt.predictions for prompt in before) + row]
+    logits: NDArray[np.float32] = (bundle.arrays["decoder.head"] @ hidden)[None]
+    return logits
+
+
 def _compare(
-    names: Sequence[str], items: Sequence[_States], states: NDArray[np.float32], scale: float
-) -> tuple[LayerParity, ...]:
+    names: Sequence[str], items: Sequence[Mapping[str, Any]], states: NDArray[np.float32], scale: float
+) -> list[LayerParity]:
     """By layer; `states` are [items, layers + 1, kept tokens, H]."""
     rows = []
     for layer, name in enumerate(names):
@@ -105,21 +134,30 @@ def _compare(
             rows.append(LayerParity(name=name, is_seen=False))
             continue
         actual = [item[name][kept_tokens(len(item[name]))] for item in items]
-        parity = compare_component(
-            actual=np.concatenate(actual), reference=states[:, layer].reshape(-1, states.shape[-1])
-        )
-        rows.append(
-            LayerParity(
-                name=name,
-                is_seen=True,
-                sqnr_db=parity.sqnr_db,
-                cosine_min=parity.cosine_min,
-                max_abs_error=None if parity.max_abs_error is None else parity.max_abs_error / scale,
-                relative_error=parity.relative_error,
-                undefined=parity.undefined,
-            )
-        )
-    return tuple(rows)
+        reference = states[:, layer].reshape(-1, states.shape[-1])
+        rows.append(_row(name, actual=np.concatenate(actual), reference=reference, scale=scale))
+    return rows
+
+
+def _row(
+    name: str,
+    *,
+    actual: NDArray[np.float32],
+    reference: NDArray[np.float32],
+    scale: float = 1.0,
+    is_result: bool = False,
+) -> LayerParity:
+    parity = compare_component(actual=actual, reference=reference)
+    return LayerParity(
+        name=name,
+        is_seen=True,
+        is_result=is_result,
+        sqnr_db=parity.sqnr_db,
+        cosine_min=parity.cosine_min,
+        max_abs_error=None if parity.max_abs_error is None else parity.max_abs_error / scale,
+        relative_error=parity.relative_error,
+        undefined=parity.undefined,
+    )
 
 
 def _encoder_states(
@@ -132,13 +170,17 @@ def _encoder_states(
 ) -> Iterator[_States]:
     shown: _States = {}
     session = open_observed(
-        artifact, component, names, shown.__setitem__, threads=threads, arithmetic=arithmetic
+        artifact,
+        component,
+        names,
+        shown.__setitem__,
+        threads=threads,
+        arithmetic=arithmetic,
     )
     key = _INPUT[component]
     with closing(session):
         for row in bundle.arrays[f"{component}.{key}"][: len(bundle.arrays[f"{component}.layers"])]:
-            session.run({key: row[None]})
-            yield dict(shown)
+            yield {**session.run({key: row[None]}), **shown}
             shown.clear()
 
 
@@ -168,8 +210,8 @@ def _decoder_states(
         ) as session,
     ):
         decoder = Decoder(embed, session, spec)
-        decoder.read(decoder.new_cache(len(ids)), ids)
+        logits = decoder.read(decoder.new_cache(len(ids)), ids)
         embedded: NDArray[Any] = embed.run({"input_ids": ids[None]})["inputs_embeds"]
     # An ExecuTorch program's embeddings have one column more; the last step of fixed size is padded.
     shown = {name: np.concatenate(rows)[: len(ids)] for name, rows in parts.items()}
-    yield {EMBEDDINGS: embedded[0, :, :width].astype(np.float32), **shown}
+    yield {EMBEDDINGS: embedded[0, :, :width].astype(np.float32), **shown, _RESULT["decoder"]: logits[None]}

@@ -16,7 +16,15 @@ from medgemma_runtime.errors import EdgeError
 from medgemma_runtime.images import normalize, resize
 from medgemma_runtime.manifest import ImageSpec, Manifest
 
-__all__ = ["ParityError", "find_question", "residual_scale", "shown_names", "check_pixels"]
+__all__ = [
+    "ParityError",
+    "find_question",
+    "residual_scale",
+    "features_to_give",
+    "features_to_compare",
+    "shown_names",
+    "check_pixels",
+]
 
 
 class ParityError(EdgeError):
@@ -60,6 +68,40 @@ def residual_scale(artifact: Artifact) -> float:
     """What an artifact's decoder and the image features for it are multiplied by, a power of two."""
     plan = artifact.path(artifact.manifest.quantization.plan).read_text(encoding="utf-8")
     return float(json.loads(plan)["residual_scale"])
+
+
+def features_to_give(artifact: Artifact, features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A reference's image features, [F, D], as the artifact's `embed` takes them.
+
+    An ExecuTorch artifact's are [F, D + 1]: the last column is how many tokens of the same image follow.
+    """
+    scaled = features * np.float32(residual_scale(artifact))
+    if artifact.manifest.target != "executorch":
+        return scaled
+    return np.concatenate([scaled, _following(artifact, len(features))], axis=1)
+
+
+def features_to_compare(artifact: Artifact, features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What an artifact's `vision` gives for whole images, as a reference has it: [F, D], unscaled.
+
+    Raises:
+        ParityError: If the last column of an ExecuTorch artifact's, [F, D + 1], is not what it should be.
+    """
+    if artifact.manifest.target == "executorch":
+        features, counts = features[:, :-1], features[:, -1:]
+        if not np.array_equal(counts, _following(artifact, len(features))):
+            raise ParityError(
+                "the last column of image features must say how many tokens of the same image follow, and it "
+                f"begins with {', '.join(f'{count:g}' for count in counts[:3, 0])}; export again"
+            )
+    return features / np.float32(residual_scale(artifact))
+
+
+def _following(artifact: Artifact, count: int) -> NDArray[np.float32]:
+    """How many tokens of the same image follow each of so many, [count, 1]."""
+    assert artifact.manifest.prompt is not None  # there is one wherever there are image features
+    tokens = artifact.manifest.prompt.tokens_per_image
+    return (tokens - 1 - np.arange(count) % tokens).astype(np.float32)[:, None]
 
 
 def shown_names(record: BundleRecord, *, show_images: bool) -> list[str]:

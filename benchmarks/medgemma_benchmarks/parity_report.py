@@ -169,11 +169,12 @@ class ImageParity:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParity:
-    """The residual stream after one layer, or before the first, against the reference's.
+    """How far the residual stream before the first layer or after one, or the component's result, is off.
 
     Attributes:
-        name: `embeddings`, or `residual_N` after layer N.
+        name: `embeddings`, `residual_N` after layer N, or the result's own, such as `logits`.
         is_seen: Whether the engine shows it; what stays inside a delegate's call is not seen.
+        is_result: Whether it is what the component gives: the last row, where the reference holds it.
         sqnr_db: Signal to noise; None where not seen, and where there is no noise at all.
         cosine_min: The lowest of all tokens.
         max_abs_error: Of one element, at a residual scale of 1.
@@ -185,6 +186,7 @@ class LayerParity:
 
     name: str
     is_seen: bool
+    is_result: bool = False
     sqnr_db: float | None = None
     cosine_min: float | None = None
     max_abs_error: float | None = None

@@ -25,7 +25,13 @@ from medgemma_benchmarks.gates import Gates, load_gates, worst
 from medgemma_benchmarks.identity import describe_artifact
 from medgemma_benchmarks.judge import Judge, compare_component
 from medgemma_benchmarks.layer_parity import check_layers
-from medgemma_benchmarks.parity_inputs import ParityError, check_pixels, find_question, residual_scale
+from medgemma_benchmarks.parity_inputs import (
+    ParityError,
+    check_pixels,
+    features_to_compare,
+    features_to_give,
+    find_question,
+)
 from medgemma_benchmarks.parity_report import (
     ComponentParity,
     LayerParity,
@@ -196,7 +202,7 @@ def _run_vision(
             steps.take("running vision")
             rows.append(session.run({"pixel_values": pixels[None]})["image_features"])
     return compare_component(
-        actual=np.concatenate(rows) / residual_scale(artifact),
+        actual=features_to_compare(artifact, np.concatenate(rows)),
         reference=bundle.arrays["vision.image_features"],
     )
 
@@ -246,7 +252,7 @@ def _run_decoder(
         for number, recorded in enumerate(recorded_prompts(bundle), start=1):
             prompt, ids, features = recorded.prompt, recorded.ids, recorded.image_features
             if features is not None:
-                features = features * residual_scale(artifact)
+                features = features_to_give(artifact, features)
             blocks = image_blocks(ids, spec.image_id)
             try:
                 written = predict(

@@ -14,13 +14,19 @@ pytest.importorskip("executorch")
 
 import torch
 
-from medgemma_benchmarks import latency
+from medgemma_benchmarks import latency, prediction_parity
+from medgemma_benchmarks.gates import load_gates
+from medgemma_benchmarks.judge import Judge
 from medgemma_benchmarks.latency import TimedImage, measure_latency
+from medgemma_benchmarks.layer_parity import check_layers
 from medgemma_benchmarks.operator_profile import profile_decoder
+from medgemma_benchmarks.parity_inputs import ParityError, features_to_compare
+from medgemma_benchmarks.prediction_parity import check_predictions
 from medgemma_benchmarks.timing import Repetition
 from medgemma_export import build as build_module
 from medgemma_export.build import build, decide
 from medgemma_export.recipe import Recipe
+from medgemma_export.reference.decoders import record_text_reference
 from medgemma_export.targets import TARGETS
 from medgemma_export.torch_ops import compute
 from medgemma_export.unpack import compare_integers
@@ -36,7 +42,9 @@ from medgemma_runtime.images import normalize, resize
 from medgemma_runtime.manifest import FileEntry, write_manifest
 from medgemma_runtime.prompt import Image, Message, Text
 from medgemma_runtime.text import load_tokenizer
-from tests.export.short_models import load_short_model
+from tests import tiny_prompts
+from tests.export.short_models import load_short_model, write_short_checkpoint
+from tests.wrong_artifacts import with_scaled_weight
 
 # Of torch.export, about its own insides.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -260,6 +268,90 @@ def test_pixels_go_in_as_they_are(floats):
     assert np.array_equal(session.run({"pixel_values": pixels})["image_features"], actual)
     with pytest.raises(EdgeError, match="8-bit image"):
         session.run({"pixel_values": pixels * np.float32(1.01)})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    pytest.importorskip("transformers")
+    return str(write_short_checkpoint(tiny_prompts.MODEL, tmp_path_factory.mktemp("short") / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint, tmp_path_factory):
+    """Prompts with images, and one that is text alone."""
+    return record_text_reference(
+        checkpoint,
+        tmp_path_factory.mktemp("reference") / "bundle",
+        prompts=tiny_prompts.PROMPTS,
+        images=tiny_prompts.images(),
+        per_layer=True,
+    )
+
+
+def test_prompts_and_layers_are_those_of_the_original(floats, reference):
+    report = check_predictions(floats.artifact, reference, threads=1, per_layer=True)
+    assert report.verdict == "PASS"
+    assert [row.name for row in report.prompts] == ["one image", "two images", "text"]
+    assert max(row.parity.max_abs_error for row in report.prompts) < 5e-5
+    vision, decoder = report.layers["vision"], report.layers["decoder"]
+    assert [layer.name for layer in vision] == ["embeddings", "residual_0", "image_features"]
+    assert [layer.name for layer in decoder] == ["embeddings", "residual_0", "residual_1", "logits"]
+    assert [layer.is_seen for layer in decoder] == [True, True, False, True]
+    assert max(layer.relative_error for layer in (*vision, *decoder) if layer.is_seen) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("component", "weight", "named"),
+    [
+        ("decoder", "language_model.layers.0.mlp.gate_proj.weight", "residual_0"),
+        (
+            "decoder",
+            "language_model.layers.1.mlp.gate_proj.weight",
+            "logits: residual_1 or the head is wrong",
+        ),
+        ("vision", "vision_tower.encoder.layers.0.mlp.fc2.weight", "residual_0"),
+        ("vision", "vision_tower.post_layernorm.weight", "image_features: the head is wrong"),
+    ],
+)
+def test_the_layer_that_is_wrong_is_named(floats, reference, tmp_path, component, weight, named):
+    broken = with_scaled_weight(floats.artifact, tmp_path / "broken", floats.weights.float(weight), 1.01)
+    judge = Judge("lowering", "fp32", load_gates())
+    layers = check_layers(broken, reference, judge, threads=1)
+    verdicts = {check.detail.split("; ")[0]: check.verdict for check in judge.checks}
+    assert verdicts.pop(f"{component} departs first at {named}") == "FAIL"
+    assert list(verdicts.values()) == ["PASS"]  # of the other component
+    seen = [layer for layer in layers[component] if layer.is_seen]
+    place = [layer.name for layer in seen].index(named.partition(":")[0])
+    assert max(layer.relative_error for layer in seen[:place]) < 1e-5
+
+
+def test_features_given_without_their_count_fail(floats, reference, monkeypatch):
+    def blind(artifact, features):
+        return np.pad(features, ((0, 0), (0, 1)))
+
+    monkeypatch.setattr(prediction_parity, "features_to_give", blind)
+    report = check_predictions(floats.artifact, reference, threads=1)
+    failed = {(check.question, check.subject) for check in report.checks if check.verdict == "FAIL"}
+    assert failed == {("lowering", "decoder"), ("lowering", "prefill")}
+
+
+def test_where_the_reference_predicts_nothing_the_result_is_not_judged(floats, checkpoint, tmp_path):
+    question = tiny_prompts.prompt("asked", "No.", question="Is there any finding at all? " * 9)
+    bundle = record_text_reference(checkpoint, tmp_path / "bundle", prompts=(question,), per_layer=True)
+    assert bundle.record.prompts[0].given_tokens > 64
+    judge = Judge("lowering", "fp32", load_gates())
+    layers = check_layers(floats.artifact, bundle, judge, threads=1)["decoder"]
+    assert [layer.name for layer in layers if layer.is_seen] == ["embeddings", "residual_0"]
+    [check] = judge.checks
+    assert check.verdict == "PASS"
+    assert check.detail.endswith("inside a delegate's call and not seen: residual_1")
+
+
+def test_features_that_do_not_count_their_image_down_are_refused(floats):
+    features = counted(np.zeros((16, 64), np.float32))
+    assert features_to_compare(floats.artifact, features).shape == (16, 64)
+    with pytest.raises(ParityError, match=r"how many tokens of the same image follow.*begins with 0, 15, 14"):
+        features_to_compare(floats.artifact, np.roll(features, 1, axis=0))
 
 
 def test_an_image_is_answered_twice_alike(floats):

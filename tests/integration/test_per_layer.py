@@ -1,10 +1,7 @@
 """A layer that is wrong is named, in artifacts of every target; in right ones none is."""
 
-import shutil
-from dataclasses import replace
 from importlib.util import find_spec
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -13,14 +10,15 @@ from medgemma_benchmarks.bundle import open_bundle, write_bundle
 from medgemma_benchmarks.layer_parity import prompt_of_layers
 from medgemma_benchmarks.parity import check_parity
 from medgemma_benchmarks.parity_inputs import ParityError
-from medgemma_export.build import build, decide
+from medgemma_export.build import build
+from medgemma_export.checkpoint import open_checkpoint
+from medgemma_export.models import load_model
 from medgemma_export.recipe import Recipe
 from medgemma_export.reference.encoders import record_reference
 from medgemma_export.reference.images import sample_images, sample_labels
 from medgemma_export.targets import TARGETS
-from medgemma_runtime.artifact import open_artifact, sha256_file
 from medgemma_runtime.errors import ArtifactError
-from medgemma_runtime.manifest import write_manifest
+from tests.wrong_artifacts import rewritten, with_scaled_weight
 
 # Of the targets' libraries, about their own insides.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -28,7 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 MODEL = "sample:medsiglip-tiny"
 INSTALLED = {"onnx": "onnx_ir", "coreml": "coremltools", "executorch": "executorch"}
 LAYERS = 3  # of the sample's text tower
-BROKEN = "text_model.encoder.layers.1.mlp.fc2.weight"
 
 
 def recipe_of(target, out, precision="fp32"):
@@ -52,50 +49,40 @@ def artifact(request, tmp_path_factory):
     return build(recipe_of(request.param, out), progress=lambda *_: None)
 
 
-def rewritten(artifact, directory, change):
-    """A copy whose files `change` has altered, and a manifest that is true of them."""
-    shutil.copytree(artifact.directory, directory)
-    change(directory)
-    files = tuple(
-        replace(entry, sha256=sha256_file(path), size_bytes=path.stat().st_size)
-        for entry in artifact.manifest.files
-        if (path := directory / entry.path).is_file()
-    )
-    write_manifest(replace(artifact.manifest, files=files), directory)
-    return open_artifact(directory)
-
-
 def test_a_right_artifact_departs_nowhere(artifact, reference):
     report = check_parity(artifact, reference, per_layer=True)
     assert report.verdict == "PASS"
     assert [layer.name for layer in report.layers["text"]] == [
         "embeddings",
         *(f"residual_{layer}" for layer in range(LAYERS)),
+        "pooler_output",
     ]
+    assert [layer.is_result for layer in report.layers["text"]] == [False] * (LAYERS + 1) + [True]
     assert all(layer.is_seen and layer.relative_error < 1e-5 for layer in report.layers["text"])
 
 
-def test_the_layer_whose_weight_is_wrong_is_named(artifact, reference, tmp_path):
-    decision = decide(recipe_of("onnx", tmp_path / "unused"))
-    matrix = decision.model.reader(decision.checkpoint)(BROKEN)
+@pytest.fixture(scope="module")
+def read():
+    checkpoint = open_checkpoint(MODEL)
+    return load_model(checkpoint).reader(checkpoint)
 
-    def scale_one_matrix(directory):
-        changed = 0
-        for path in (path for path in directory.rglob("*") if path.is_file()):
-            data = path.read_bytes()
-            for form in (matrix, matrix.T):
-                content = np.ascontiguousarray(form).tobytes()
-                changed += data.count(content)
-                data = data.replace(content, np.ascontiguousarray(form * np.float32(1.01)).tobytes())
-            path.write_bytes(data)
-        assert changed == 1
 
-    broken = rewritten(artifact, tmp_path / "broken", scale_one_matrix)
+@pytest.mark.parametrize(
+    ("weight", "named", "sound"),
+    [
+        ("encoder.layers.1.mlp.fc2", "residual_1", 2),
+        ("encoder.layers.2.mlp.fc2", "residual_2", 3),
+        ("head", "pooler_output: the head is wrong", 4),
+    ],
+)
+def test_the_layer_whose_weight_is_wrong_is_named(artifact, reference, read, tmp_path, weight, named, sound):
+    matrix = read(f"text_model.{weight}.weight")
+    broken = with_scaled_weight(artifact, tmp_path / "broken", matrix, 1.01)
     report = check_parity(broken, reference, per_layer=True)
     [check] = [check for check in report.checks if check.subject == "layers"]
-    assert (check.verdict, check.detail) == ("FAIL", "text departs first at residual_1")
+    assert (check.verdict, check.detail) == ("FAIL", f"text departs first at {named}")
     errors = [layer.relative_error for layer in report.layers["text"]]
-    assert max(errors[:2]) < 1e-5 < 1e-4 < min(errors[2:])
+    assert max(errors[:sound]) < 1e-5 < 1e-4 < min(errors[sound:])
 
 
 def test_a_reference_without_layers_is_refused(artifact, reference, tmp_path):

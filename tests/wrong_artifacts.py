@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from medgemma_runtime.artifact import Artifact, open_artifact, sha256_file
 from medgemma_runtime.manifest import write_manifest
 
-__all__ = ["rewritten", "with_scaled_weight"]
+__all__ = ["rewritten", "with_scaled_weight", "with_wrong_weight"]
 
 
 def rewritten(artifact: Artifact, directory: Path, change: Callable[[Path], None]) -> Artifact:
@@ -30,18 +30,25 @@ def rewritten(artifact: Artifact, directory: Path, change: Callable[[Path], None
 
 def with_scaled_weight(artifact: Artifact, directory: Path, stored: NDArray[Any], factor: float) -> Artifact:
     """A copy in which one array, stored as it is or transposed, is multiplied."""
+    return with_wrong_weight(artifact, directory, stored, stored * stored.dtype.type(factor))
+
+
+def with_wrong_weight(
+    artifact: Artifact, directory: Path, stored: NDArray[Any], wrong: NDArray[Any]
+) -> Artifact:
+    """A copy in which another array stands for one, stored as it is or transposed."""
     changed = 0
 
-    def scale(directory: Path) -> None:
+    def put(directory: Path) -> None:
         nonlocal changed
         for path in (path for path in directory.rglob("*") if path.is_file()):
             data = path.read_bytes()
-            for form in (stored, stored.T)[: stored.ndim]:
-                content = np.ascontiguousarray(form)
-                changed += data.count(content.tobytes())
-                data = data.replace(content.tobytes(), (content * stored.dtype.type(factor)).tobytes())
+            for form, other in ((stored, wrong), (stored.T, wrong.T))[: stored.ndim]:
+                content = np.ascontiguousarray(form).tobytes()
+                changed += data.count(content)
+                data = data.replace(content, np.ascontiguousarray(other).tobytes())
             path.write_bytes(data)
 
-    broken = rewritten(artifact, directory, scale)
+    broken = rewritten(artifact, directory, put)
     assert changed == 1
     return broken

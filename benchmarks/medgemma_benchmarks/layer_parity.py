@@ -176,6 +176,7 @@ def _encoder_states(
         shown.__setitem__,
         threads=threads,
         arithmetic=arithmetic,
+        exact_program=bundle.program(component) if bundle.record.kind == "packing" else None,
     )
     key = _INPUT[component]
     with closing(session):

@@ -49,10 +49,12 @@ class TorchOps:
     Attributes:
         weights: Where weights come from.
         integer_linear: What the target does where a weight is integers.
+        show: Told every value that has a name; None for nobody.
     """
 
     weights: QuantizedWeights
     integer_linear: IntegerLinear = weight_only
+    show: Callable[[str, Tensor], None] | None = None
 
     def patch_embedding(self, pixels: Tensor, weight: PatchEmbedding) -> Tensor:
         """See `Ops`."""
@@ -92,6 +94,8 @@ class TorchOps:
 
     def named(self, x: Tensor, name: str) -> Tensor:
         """See `Ops`."""
+        if self.show is not None:
+            self.show(name, x)
         return x
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, scale: float) -> Tensor:
@@ -243,9 +247,10 @@ def compute(
     inputs: Mapping[str, NDArray[Any]],
     *,
     integer_linear: IntegerLinear = weight_only,
+    show: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
-    """Run a component once in PyTorch: named arrays in, named arrays out."""
-    ops = TorchOps(weights=weights, integer_linear=integer_linear)
+    """Run a component once in PyTorch: named arrays in, named arrays out, and `show` as `TorchOps` has it."""
+    ops = TorchOps(weights=weights, integer_linear=integer_linear, show=show)
     with torch.inference_mode():
         outputs = component.forward(ops, {name: torch.from_numpy(array) for name, array in inputs.items()})
     return {name: tensor.numpy() for name, tensor in outputs.items()}

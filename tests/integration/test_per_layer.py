@@ -1,5 +1,6 @@
 """A layer that is wrong is named, in artifacts of every target; in right ones none is."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -16,9 +17,10 @@ from medgemma_export.models import load_model
 from medgemma_export.recipe import Recipe
 from medgemma_export.reference.encoders import record_reference
 from medgemma_export.reference.images import sample_images, sample_labels
+from medgemma_export.reference.packing import record_packing
 from medgemma_export.targets import TARGETS
-from medgemma_runtime.errors import ArtifactError
-from tests.wrong_artifacts import rewritten, with_scaled_weight
+from medgemma_runtime.errors import ArtifactError, EdgeError
+from tests.wrong_artifacts import rewritten, with_scaled_weight, with_wrong_weight
 
 # Of the targets' libraries, about their own insides.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,6 +85,51 @@ def test_the_layer_whose_weight_is_wrong_is_named(artifact, reference, read, tmp
     assert (check.verdict, check.detail) == ("FAIL", f"text departs first at {named}")
     errors = [layer.relative_error for layer in report.layers["text"]]
     assert max(errors[:sound]) < 1e-5 < 1e-4 < min(errors[sound:])
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def integers(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param) / "artifact"
+    return build(recipe_of("onnx", out, request.param), progress=lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def packing(integers, reference, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packing") / "bundle"
+    return record_packing(
+        integers.directory, MODEL, reference.directory, out, per_layer=True, progress=lambda *_: None
+    )
+
+
+def test_integers_depart_nowhere_from_what_they_should_compute(integers, packing):
+    assert packing.record.layers == ("text",)
+    report = check_parity(integers, packing, per_layer=True)
+    assert report.verdict == "PASS"
+    assert all(layer.relative_error < 1e-5 for layer in report.layers["text"])
+
+
+def test_the_layer_whose_integers_are_wrong_is_named(integers, packing, tmp_path):
+    ir = pytest.importorskip("onnx_ir")
+    program = ir.load(integers.path(integers.component("text").program))
+    stored = program.graph.initializers["text_model.encoder.layers.1.mlp.fc2.weight"].const_value.numpy()
+    wrong = stored.copy()
+    wrong.flat[0] ^= 0x40
+    broken = with_wrong_weight(integers, tmp_path / "broken", stored, wrong)
+    report = check_parity(broken, packing, per_layer=True)
+    [check] = [check for check in report.checks if check.subject == "layers"]
+    assert (check.verdict, check.detail) == ("FAIL", "text departs first at residual_1")
+    errors = [layer.relative_error for layer in report.layers["text"]]
+    assert max(errors[:2]) < 1e-5 < 1e-4 < min(errors[2:])
+
+
+@pytest.mark.parametrize("target", ["coreml", "executorch"])
+def test_no_packing_reference_is_made_of_other_targets(integers, reference, tmp_path, target):
+    named = replace(integers, manifest=replace(integers.manifest, target=target))
+    other = rewritten(named, tmp_path / "other", lambda directory: None)
+    with pytest.raises(EdgeError, match=r"exact form of an ONNX program; export .* with --target onnx"):
+        record_packing(
+            other.directory, MODEL, reference.directory, tmp_path / "out", progress=lambda *_: None
+        )
 
 
 def test_a_reference_without_layers_is_refused(artifact, reference, tmp_path):

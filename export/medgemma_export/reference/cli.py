@@ -55,6 +55,11 @@ Examples:
   medgemma-reference quantization --model ./my-finetune --row rtn:int4 --row gptq:5.5 --out table.json
 """
 
+PerLayer = Annotated[
+    bool,
+    typer.Option("--per-layer", help="Also keep what leaves each layer, for medgemma-parity --per-layer."),
+]
+
 _app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
@@ -87,12 +92,7 @@ def record(
     revision: Revision = None,
     device: Annotated[Device, typer.Option(help="Where the original model runs.")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="What it computes in; parity takes float32 only.")] = "float32",
-    per_layer: Annotated[
-        bool,
-        typer.Option(
-            "--per-layer", help="Also keep what leaves each layer, for medgemma-parity --per-layer."
-        ),
-    ] = False,
+    per_layer: PerLayer = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the original model with transformers and keep inputs and outputs as a bundle.
@@ -152,13 +152,16 @@ def packing(
     reference: Annotated[Path, typer.Option(help="The float reference of the same checkpoint.")],
     out: Annotated[Path, typer.Option(help="Bundle directory; must not exist yet.")],
     revision: Revision = None,
+    per_layer: PerLayer = False,
     as_json: AsJson = False,
 ) -> None:
     """Compute what an artifact's integers should give, from the checkpoint and the plan alone."""
     from medgemma_export.reference.packing import record_packing  # PyTorch, which --help need not wait for
 
     with progress_bar("read the checkpoint") as progress:
-        bundle = record_packing(artifact, model, reference, out, revision=revision, progress=progress)
+        bundle = record_packing(
+            artifact, model, reference, out, revision=revision, per_layer=per_layer, progress=progress
+        )
     print_bundle(bundle, as_json=as_json)
 
 

@@ -5,6 +5,8 @@ Those that samples had a part in nobody can make again without them: they are re
 held against the hashes that were taken of them before they were packed. For each input the bundle holds two
 outputs: `pooler_output`, with activations left float, and `rounded_output`, with the target's own rounding of
 activations. It also carries each program's exact form, which the device runs over the artifact's weight file.
+The residual stream between layers, where it is asked for, is that of the exact form: rounding of activations
+sends two right programs 2e-3 of the stream apart in four layers of the tiny sample, as a wrong matrix does.
 """
 
 import tempfile
@@ -13,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from medgemma_benchmarks.bundle import DecodedImage, ReferenceBundle, open_bundle, write_bundle
+from medgemma_benchmarks.layer_parity import MAX_ITEMS
 from medgemma_export.calibration.fold_ops import planned_folds
 from medgemma_export.checkpoint import open_checkpoint
 from medgemma_export.models import Component, ModelSpec, load_model
@@ -33,6 +37,7 @@ from medgemma_quantization.weights import QuantizedWeights, ReadWeight, quantize
 from medgemma_runtime.artifact import Artifact, open_artifact
 from medgemma_runtime.command import Progress
 from medgemma_runtime.errors import EdgeError
+from medgemma_runtime.layers import kept_tokens
 
 __all__ = ["record_packing"]
 
@@ -47,6 +52,7 @@ def record_packing(
     out: Path,
     *,
     revision: str | None = None,
+    per_layer: bool = False,
     progress: Progress,
 ) -> ReferenceBundle:
     """Compute an artifact's packing reference on the inputs of a float reference.
@@ -57,6 +63,7 @@ def record_packing(
         reference: A float reference bundle of that checkpoint.
         out: The bundle to create.
         revision: Hub revision, or None for its main branch.
+        per_layer: Also keep the residual stream between the layers, of the first images and captions.
         progress: Called with what is being done, steps done, and steps in all.
 
     Raises:
@@ -81,6 +88,11 @@ def record_packing(
         raise EdgeError(
             f"{artifact_directory.name} is fp32 and packs no integers; compare it with the reference"
         )
+    if manifest.target != "onnx":
+        raise EdgeError(
+            f"{artifact_directory.name} is of target {manifest.target}, and a packing reference carries the "
+            "exact form of an ONNX program; export the same recipe with --target onnx and name that"
+        )
     method = next((known for name, known in METHODS.items() if name == manifest.quantization.method), None)
     if method is None:
         raise EdgeError(
@@ -102,7 +114,7 @@ def record_packing(
     read = spec.reader(checkpoint)
     if method.factors is not None:
         read = read_factors(artifact_directory, planned_folds(spec, plan)).reader(read)
-    # Layers are recorded of the float model; a packing reference holds none.
+    # The float model's layers are not what these integers compute.
     arrays: dict[str, NDArray[np.generic]] = {
         name: array for name, array in bundle.arrays.items() if not name.endswith(".layers")
     }
@@ -129,6 +141,9 @@ def record_packing(
             compare_integers(program, component, weights)
             arrays[f"{name}.pooler_output"] = _run(component, weights, bundle, weight_only, progress)
             arrays[f"{name}.rounded_output"] = _run(component, weights, bundle, rounding, progress)
+            if per_layer:
+                progress(f"compute {name} layer by layer", 0, 1)
+                arrays[f"{name}.layers"] = _layer_states(component, weights, bundle)
             programs[name] = Path(work, f"{name}.onnx")
             write_exact_program(program, programs[name])
         return write_bundle(
@@ -156,6 +171,7 @@ def record_packing(
             arrays=arrays,
             timings={},  # the float reference's are of another machine and another program
             programs=programs,
+            layers=tuple(programs) if per_layer else (),
         )
 
 
@@ -191,3 +207,19 @@ def _run(
         rows = {spec.name: inputs[start : start + _ROWS_AT_ONCE]}
         outputs.append(compute(component, weights, rows, integer_linear=integer_linear)["pooler_output"])
     return np.concatenate(outputs)
+
+
+def _layer_states(
+    component: Component, weights: QuantizedWeights, bundle: ReferenceBundle
+) -> NDArray[np.float32]:
+    """The residual stream of the first recorded inputs, [items, layers + 1, kept tokens, H]."""
+    [spec] = component.inputs
+    states: list[NDArray[np.float32]] = []
+
+    def keep(_: str, x: Tensor) -> None:
+        states.append(x[:, kept_tokens(x.shape[1])].numpy())
+
+    compute(
+        component, weights, {spec.name: bundle.arrays[f"{component.name}.{spec.name}"][:MAX_ITEMS]}, show=keep
+    )
+    return np.stack(states, axis=1)

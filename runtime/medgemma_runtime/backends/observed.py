@@ -6,6 +6,7 @@ calls gave.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ def open_observed(
     *,
     threads: int | None = None,
     arithmetic: Mode | None = None,
+    exact_program: Path | None = None,
 ) -> Session:
     """Load one component, to be run on one item at a time.
 
@@ -39,6 +41,7 @@ def open_observed(
         seen: Told each value in every run.
         threads: Threads for one operator; None leaves the choice to the engine.
         arithmetic: As `open_session` takes it.
+        exact_program: As `OrtSession` takes it, for an ONNX artifact; None for the component's own program.
 
     Raises:
         ArtifactError: If the program was written before values had names, or cannot be loaded.
@@ -53,7 +56,14 @@ def open_observed(
     if artifact.manifest.target == "onnx":
         from medgemma_runtime.backends.ort import OrtSession
 
-        return OrtSession(artifact, component, threads=threads, shown=tuple(names), show=show)
+        return OrtSession(
+            artifact,
+            component,
+            threads=threads,
+            exact_program=exact_program,
+            shown=tuple(names),
+            show=show,
+        )
     if artifact.manifest.target == "coreml":
         from medgemma_runtime.backends import open_coreml
 

@@ -92,11 +92,11 @@ class OrtSession:
         options = _session_options(threads=threads, profile_to=profile_to)
         source: str | bytes = str(program)
         self._shown, self._show = shown, show
-        if shown:
-            source = with_outputs(program.read_bytes(), shown)
         if exact_program is not None:
             source = exact_program.read_bytes()
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if shown:
+            source = with_outputs(program.read_bytes() if isinstance(source, str) else source, shown)
         if not isinstance(source, str):
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(program.parent)

@@ -33,7 +33,7 @@ from medgemma_export.unpack import compare_integers
 from medgemma_quantization.weights import QuantizedWeights, quantize_weights
 from medgemma_runtime.artifact import open_artifact, sha256_file
 from medgemma_runtime.backends import open_session
-from medgemma_runtime.backends.executorch import ExecutorchSession
+from medgemma_runtime.backends.executorch import METHODS, ExecutorchSession
 from medgemma_runtime.decoder import Decoder
 from medgemma_runtime.embed import Embedder
 from medgemma_runtime.errors import ArtifactError, EdgeError
@@ -298,6 +298,28 @@ def test_prompts_and_layers_are_those_of_the_original(floats, reference):
     assert [layer.name for layer in decoder] == ["embeddings", "residual_0", "residual_1", "logits"]
     assert [layer.is_seen for layer in decoder] == [True, True, False, True]
     assert max(layer.relative_error for layer in (*vision, *decoder) if layer.is_seen) < 1e-5
+
+
+@pytest.mark.parametrize("component", ["vision", "decoder"])
+def test_there_is_room_for_what_is_recorded_and_little_more(floats, tmp_path, component):
+    layers = json.loads(floats.artifact.path("layers.json").read_text())
+    room = layers[METHODS[component]]["debug_bytes"]
+    session = ExecutorchSession(
+        floats.artifact,
+        component,
+        threads=1,
+        profile_to=tmp_path / "profile",
+        values_to=tmp_path / "values",
+        values_bytes=room,
+    )
+    inputs = {
+        "vision": {"pixel_values": np.ones((1, 3, 224, 224), np.uint8)},
+        "decoder": {"inputs_embeds": np.ones((1, 64, 65), np.float32), "cache_position": np.arange(64)},
+    }
+    session.run(inputs[component])
+    session.close()
+    recorded = len((tmp_path / "values").read_bytes().rstrip(b"\0"))
+    assert 0.7 * (room - (1 << 20)) < recorded <= room - (1 << 19)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """A layer that is wrong is named, in artifacts of every target; in right ones none is."""
 
+import json
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("torch")
+pytest.importorskip("psutil")
 
 from medgemma_benchmarks.bundle import open_bundle, write_bundle
 from medgemma_benchmarks.layer_parity import prompt_of_layers
@@ -159,6 +162,26 @@ def test_an_artifact_without_names_is_refused(artifact, reference, tmp_path):
     old = rewritten(artifact, tmp_path / "old", lambda directory: (directory / "layers.json").unlink())
     with pytest.raises(ArtifactError, match=r"has no layers\.json.*export again"):
         check_parity(old, reference, per_layer=True)
+
+
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_what_no_memory_or_disk_holds_is_refused_before_the_run(
+    artifact, reference, tmp_path, monkeypatch, what
+):
+    if artifact.manifest.target != "executorch":
+        pytest.skip("only ExecuTorch records all of a run")
+
+    def enlarge(directory):
+        path = directory / "layers.json"
+        layers = json.loads(path.read_text())
+        layers["text_encoder"]["debug_bytes"] = 10**15
+        path.write_text(json.dumps(layers))
+
+    if what == "disk":
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**16))
+    large = rewritten(artifact, tmp_path / "large", enlarge)
+    with pytest.raises(EdgeError, match=rf"'text'.*000000.0 GB of {what}.*free some, or export.*onnx"):
+        check_parity(large, reference, per_layer=True)
 
 
 def test_layers_that_were_recorded_are_read_back(reference):

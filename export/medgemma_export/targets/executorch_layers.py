@@ -2,7 +2,7 @@
 
 A value inside a delegate's call is seen by nobody. But attention stands between two calls of XNNPACK, so the
 stream after a layer leaves one call and enters the next; ExecuTorch's event tracer records what a call is
-given and gives. The stream after the last layer stays inside, where only the method's result leaves it.
+given and gives. The stream after the last layer of a decoder stays inside; it is judged by the logits.
 """
 
 import json
@@ -23,10 +23,10 @@ from medgemma_runtime.layers import MAX_TOKENS
 __all__ = ["name_value", "mark_names", "write_layers"]
 
 _KEY = "medgemma_name"
+_CALL = "DELEGATE_CALL"
 
-# The tracer pads every tensor and records some twice, as an operator's and as a kernel's; what does not fit
-# ends the process.
-_ROOM, _LEAST_BYTES = 3, 1 << 24
+# What does not fit ends the process, so there is room for more than values take one after another.
+_ALIGNMENT, _SPARE_BYTES = 64, 1 << 20
 
 
 @torch.library.custom_op("medgemma_edge::named", mutates_args=())
@@ -67,7 +67,8 @@ def write_layers(directory: Path, programs: Mapping[str, torch.export.ExportedPr
 def _find_layers(program: torch.export.ExportedProgram) -> MethodLayers:
     places: dict[str, Place] = {}
     events: Counter[str] = Counter()
-    values = 0
+    given = program.graph_module.graph.output_node().all_input_nodes  # the method's results, once more
+    values = sum(_bytes(value) for node in given for value in _flat(node.meta.get("val")))
     for node in program.graph_module.graph.nodes:
         if node.op != "call_function":
             continue
@@ -79,23 +80,24 @@ def _find_layers(program: torch.export.ExportedProgram) -> MethodLayers:
             if name is not None and name not in places:
                 places[name] = Place(event=event, number=events[event], argument=index - len(results))
         events[event] += 1
-        values += sum(_bytes(value) for value in _tensors(node))
-    return MethodLayers(places=places, debug_bytes=_ROOM * values + _LEAST_BYTES)
+        values += sum(_bytes(value) for value in _recorded(event, node))
+    return MethodLayers(places=places, debug_bytes=values + _SPARE_BYTES)
 
 
 def _event(program: torch.export.ExportedProgram, node: Node) -> tuple[str | None, list[Node]]:
     """What the tracer calls a node's instruction, and the nodes that made its results."""
     if "executorch_call_delegate" in str(node.target):
         lowered = getattr(program.graph_module, node.args[0].target)  # type: ignore[union-attr, arg-type]
-        return "DELEGATE_CALL", list(lowered.original_module.graph_module.graph.output_node().args[0])
+        return _CALL, list(lowered.original_module.graph_module.graph.output_node().args[0])
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.overload_name:
         return None, []
     return f"native_call_{schema.name.partition('::')[2]}.{schema.overload_name}", [node]
 
 
-def _tensors(node: Node) -> Iterator[Tensor]:
-    for argument in (node, *node.all_input_nodes):
+def _recorded(event: str, node: Node) -> Iterator[Tensor]:
+    """Of a kernel the tracer records what it gives, of a delegate's call also what it is given."""
+    for argument in (node, *(node.all_input_nodes if event == _CALL else ())):
         yield from _flat(argument.meta.get("val"))
 
 
@@ -106,7 +108,8 @@ def _flat(value: Any) -> Iterable[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    return math.prod(_size(size) for size in tensor.shape) * tensor.element_size()
+    size = math.prod(_size(size) for size in tensor.shape) * tensor.element_size()
+    return size + -size % _ALIGNMENT
 
 
 def _size(size: int | torch.SymInt) -> int:

@@ -1,10 +1,12 @@
 """Shows the residual stream between the layers of an ExecuTorch program, by what its event tracer records.
 
 What happens inside a delegate's call is recorded by nobody, but what a call was given and gives is. The
-artifact says which of these values is which.
+artifact says which of these values is which, and how much memory all of them take: the tracer has no choice
+of values and no run in parts, so a machine that has less is told before the run, which would end the process.
 """
 
 import json
+import shutil
 import tempfile
 import time
 import warnings
@@ -20,7 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from medgemma_runtime.artifact import Artifact
 from medgemma_runtime.backends.executorch import METHODS, ExecutorchSession
 from medgemma_runtime.backends.executorch_times import open_inspector
-from medgemma_runtime.errors import ArtifactError, EdgeError
+from medgemma_runtime.errors import ArtifactError, EdgeError, missing_package
 from medgemma_runtime.manifest import ComponentEntry
 
 __all__ = ["LAYERS", "MethodLayers", "Place", "ObservedExecutorchSession"]
@@ -54,7 +56,7 @@ class MethodLayers:
 
     Attributes:
         places: By name; values that stay inside a delegate's call are absent.
-        debug_bytes: What the tracer records in a run of `MAX_TOKENS` tokens at most.
+        debug_bytes: What the tracer records in a run of one image, or of `MAX_TOKENS` tokens at most.
     """
 
     __pydantic_config__ = _CHECKED
@@ -83,6 +85,7 @@ class ObservedExecutorchSession:
 
     Raises:
         ArtifactError: If the artifact does not say where its layers are seen.
+        EdgeError: If there is not the memory, or the temporary disk, for what is recorded.
     """
 
     entry: ComponentEntry
@@ -100,6 +103,7 @@ class ObservedExecutorchSession:
         self.load_seconds = 0.0
         self._artifact, self._component, self._show, self._threads = artifact, component, show, threads
         self._layers = _read_layers(artifact, component)
+        _check_room(artifact, component, self._layers.debug_bytes)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """See `Session`.
@@ -156,6 +160,25 @@ def _read_layers(artifact: Artifact, component: str) -> MethodLayers:
             f"{artifact.directory.name} has no {LAYERS}, which says where an ExecuTorch program shows its "
             "layers; export again"
         ) from None
+
+
+def _check_room(artifact: Artifact, component: str, recorded_bytes: int) -> None:
+    try:
+        import psutil
+    except ImportError:
+        raise missing_package("psutil", extra="bench", purpose="measure the memory for layers") from None
+    place = tempfile.gettempdir()
+    for what, needed, free in (
+        # They are read back as a whole, and taken apart into copies.
+        ("memory", 2 * recorded_bytes, psutil.virtual_memory().available),
+        (f"disk in {place}", recorded_bytes, shutil.disk_usage(place).free),
+    ):
+        if needed > free:
+            raise EdgeError(
+                f"ExecuTorch records all values of a run, and those of component {component!r} of "
+                f"{artifact.directory.name} take {needed / 1e9:.1f} GB of {what}, where {free / 1e9:.1f} "
+                "are free; free some, or export the same recipe with --target onnx and compare its layers"
+            )
 
 
 def _recorded(profile: Path, values: Path) -> dict[str, list[list[NDArray[Any]]]]:

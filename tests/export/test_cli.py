@@ -141,25 +141,25 @@ def test_an_interruption_says_where_its_work_is(call, monkeypatch):
     assert call(export_main, *MEDSIGLIP, "--out", "made") == (130, "", says)
 
 
-def test_references_take_a_revision(call, monkeypatch, tmp_path):
+def test_references_take_a_revision_and_layers(call, monkeypatch, tmp_path):
     """Only a hub id has one, so a refusal shows that it was not dropped on the way."""
     model = ("--model", "sample:medsiglip-tiny")
     says = "revision 'v1' was given for sample:medsiglip-tiny"
     words = ("plain-onnx", *model, "--out", "plain.onnx")
     code, _, error = call(reference_main, *words, "--revision", "v1")
     assert code == 2 and says in error
-    given: list[str | None] = []
+    given: list[tuple[str | None, bool]] = []
 
-    def record_packing(artifact, model, reference, out, *, revision, progress):
-        given.append(revision)
+    def record_packing(artifact, model, reference, out, *, revision, per_layer, progress):
+        given.append((revision, per_layer))
         raise KeyboardInterrupt
 
     pytest.importorskip("medgemma_export.reference.packing")
     monkeypatch.setattr("medgemma_export.reference.packing.record_packing", record_packing)
     words = ("packing", tmp_path, *model, "--reference", tmp_path, "--out", "packing")
     call(reference_main, *words, "--revision", "v1")
-    call(reference_main, *words)
-    assert given == ["v1", None]
+    call(reference_main, *words, "--per-layer")
+    assert given == [("v1", False), (None, True)]
 
 
 def test_a_packing_reference_of_an_adapter_is_refused(call, adapter, tmp_path):

@@ -1,6 +1,7 @@
 """What the command lines of export add to what they call."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,21 @@ def test_an_interruption_says_where_its_work_is(call, monkeypatch):
     Path(".made.partial").mkdir()
     says = "the same command goes on with what is finished in .made.partial\ninterrupted\n"
     assert call(export_main, *MEDSIGLIP, "--out", "made") == (130, "", says)
+
+
+@pytest.mark.parametrize("name", ["torchao", "torch.utils._pytree"])
+def test_what_other_packages_warn_of_is_not_shown_and_their_errors_are(call, name, monkeypatch):
+    shown: list[bool] = []
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.NOTSET)
+
+    def look(recipe, *, progress):
+        shown.extend(logger.isEnabledFor(level) for level in (logging.WARNING, logging.ERROR))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build", look)
+    call(export_main, *MEDSIGLIP)
+    assert shown == [False, True]
 
 
 def test_references_take_a_revision_and_layers(call, monkeypatch, tmp_path):

@@ -107,7 +107,7 @@ def report_main() -> int:
     return run_app(_report)
 
 
-@_parity.command(epilog=_PARITY_EXAMPLES.replace("\n\n", "\n\n\n"))
+@_parity.command(epilog=_PARITY_EXAMPLES)
 def parity(
     artifact: _ArtifactPath,
     reference: Annotated[
@@ -168,12 +168,12 @@ def parity(
         raise typer.Exit(CHECK_FAILED)
 
 
-@_bench.callback(epilog=_BENCH_EXAMPLES.replace("\n\n", "\n\n\n"))
+@_bench.callback(epilog=_BENCH_EXAMPLES)
 def bench() -> None:
     """Measure an artifact on this device. `medgemma-bench ARTIFACT` is short for `stages ARTIFACT`."""
 
 
-@_bench.command(epilog=_BENCH_EXAMPLES.replace("\n\n", "\n\n\n"))
+@_bench.command(epilog=_BENCH_EXAMPLES)
 def stages(
     artifact: _ArtifactPath,
     images: Annotated[
@@ -228,7 +228,7 @@ def stages(
         _print_latency(report)
 
 
-@_bench.command(epilog=_GENERATE_EXAMPLES.replace("\n\n", "\n\n\n"))
+@_bench.command(epilog=_GENERATE_EXAMPLES)
 def generate(
     artifact: _ArtifactPath,
     against: Annotated[
@@ -276,7 +276,7 @@ def generate(
         _print_profile(report.profile)
 
 
-@_report.command(epilog=_REPORT_EXAMPLES.replace("\n\n", "\n\n\n"))
+@_report.command(epilog=_REPORT_EXAMPLES)
 def report(
     results: Annotated[
         list[Path], typer.Argument(metavar="FILE.json...", help="From medgemma-parity and medgemma-bench.")

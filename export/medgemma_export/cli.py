@@ -67,7 +67,7 @@ def run(app: typer.Typer) -> int:
     return run_app(app)
 
 
-@_app.command(epilog=_EXAMPLES.replace("\n\n", "\n\n\n"))
+@_app.command(epilog=_EXAMPLES)
 def export(
     model: Model,
     target: Annotated[TargetName, typer.Option(help="The format of the device's engine.")],

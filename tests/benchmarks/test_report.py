@@ -208,6 +208,24 @@ def test_images_that_differ_are_shown_first_and_the_rest_is_counted(
     assert thumbnails == ["Thumbnail of blue: blue"]
 
 
+def test_the_lowest_cosine_of_a_model_that_answers_is_shown(tmp_path: Path, parities) -> None:
+    report = parities["fp32"]
+    answering = replace(
+        report,
+        components={"vision": replace(report.components["image"], cosine_min=0.98765)},
+        reference=replace(report.reference, kind="generative"),
+    )
+    page = Page(write_report([answering], tmp_path / "report"))
+    assert "vision 0.98765" in " ".join(page.text.split())
+
+
+def test_a_margin_has_the_digits_that_matter(tmp_path: Path, parities) -> None:
+    report = parities["fp32"]
+    images = (replace(report.images[0], margin=10.6711), *report.images[1:])
+    page = Page(write_report([replace(report, images=images)], tmp_path / "report"))
+    assert "margin 10.7 " in page.text
+
+
 def test_a_packing_reference_stands_beside_the_float_one(tmp_path: Path, parities) -> None:
     report = parities["int8"]
     packing = replace(

@@ -66,7 +66,7 @@ _app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Record what the original model computes, to hold artifacts against.",
-    epilog=_EXAMPLES.replace("\n\n", "\n\n\n"),
+    epilog=_EXAMPLES,
 )
 
 

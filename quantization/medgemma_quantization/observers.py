@@ -114,12 +114,14 @@ class Moments:
             first column. Below the diagonal the matrix says nothing new, and at 10,240 inputs it has 1.7 GB.
         drift: Sum of the outer products of what x lacks with x, [inputs, inputs]: the input of the float
             model, less x, which rounded layers before this one have changed.
+        bound: What no element of the sums exceeds in magnitude.
     """
 
     rows: int
     magnitude: ExactSum
     second: tuple[ExactSum, ...]
     drift: ExactSum
+    bound: float = 0.0
 
     @staticmethod
     def zeros(inputs: int) -> "Moments":
@@ -148,14 +150,21 @@ class Moments:
         Raises:
             ValueError: If a value is not finite, or so large that sums of squares leave 2**40.
         """
-        both = (x,) if original is None else (x, original)
-        peak = float(np.max([np.abs(part).max(initial=0) for part in both]))
-        # NaN fails every comparison. float32 holds the sums of products of a sample to six digits.
-        if not peak**2 * 2 * (self.rows + len(x)) < _LARGEST:
-            raise ValueError(f"activations of {peak:.4g} are not finite, or too large for their squares' sum")
         lacking = None if original is None else original - x
+        magnitudes = np.abs(x).sum(axis=0, dtype=np.float64)
+        # Not the peak's square for every row: a few activations of a model are thousands of times the others.
+        # A sum of products is at most the larger of the sums of squares.
+        squares = [
+            np.einsum("ij,ij->j", part, part, dtype=np.float64) for part in (x, lacking) if part is not None
+        ]
+        # NaN fails every comparison. float32 holds the sums of products of a sample to six digits.
+        bound = self.bound + float(np.max([magnitudes, *squares], initial=0))
+        if not bound < _LARGEST:
+            peak = np.max([np.abs(part).max() for part in (x, original) if part is not None])
+            raise ValueError(f"activations of {peak:.4g} are not finite, or too large for their squares' sum")
+        self.bound = bound
         self.rows += len(x)
-        self.magnitude.add(np.abs(x).sum(axis=0, dtype=np.float64))
+        self.magnitude.add(magnitudes)
         for strip, total in zip(_strips(self.inputs), self.second, strict=True):
             total.add(x[:, strip].T @ x[:, strip.start :])
             if lacking is not None:
@@ -165,10 +174,13 @@ class Moments:
         """Add what another process saw.
 
         Raises:
-            ValueError: If the widths differ.
+            ValueError: If the widths differ, or sums of squares leave 2**40.
         """
         if other.inputs != self.inputs:
             raise ValueError(f"statistics of {other.inputs} inputs cannot join those of {self.inputs}")
+        if not self.bound + other.bound < _LARGEST:
+            raise ValueError("two processes' activations are too large together for their squares' sum")
+        self.bound += other.bound
         self.rows += other.rows
         self.magnitude.merge(other.magnitude)
         for mine, theirs in zip(self.second, other.second, strict=True):
@@ -257,6 +269,10 @@ class Moments:
                     pieces = np.split(data["second"][half], ends[:-1])
                     for part, piece in zip(found.second, pieces, strict=True):
                         getattr(part, name)[...] = piece.reshape(part.low.shape)
+                found.bound = max(
+                    float(np.abs(part.value()).max(initial=0))
+                    for part in (found.magnitude, *found.second, found.drift)
+                )
                 return found
         except (OSError, EOFError, KeyError, ValueError, IndexError) as error:
             raise EdgeError(

@@ -125,6 +125,30 @@ def test_what_cannot_be_summed_is_refused(bad):
         Moments.zeros(INPUTS).add(np.ones_like(x), x)
 
 
+def test_one_large_activation_among_many_rows_is_summed():
+    """As in Gemma's MLPs, where the first token's are thousands of times the others'."""
+    x = np.ones((200_000, INPUTS), np.float32)
+    x[0, 2] = 1e4
+    moments = Moments.zeros(INPUTS)
+    moments.add(x, x + np.float32(0.5))
+    # float32 holds the sums of products of a sample to six digits.
+    assert moments.mean_square()[2] == pytest.approx((1e8 + 199_999) / 200_000, rel=1e-5)
+
+
+def test_sums_are_refused_before_they_leave_their_range(tmp_path):
+    x = np.full((9, INPUTS), 2.0**18, np.float32)  # squares of 2**36: sixteen rows are too many
+    moments = Moments.zeros(INPUTS)
+    moments.add(x)
+    moments.save(tmp_path / "moments.npz")
+    for found in (moments, Moments.load(tmp_path / "moments.npz")):
+        with pytest.raises(ValueError, match="too large together"):
+            found.merge(moments)
+        with pytest.raises(ValueError, match="too large for their squares' sum"):
+            found.add(x)
+        assert found.mean_square()[0] == 2.0**36
+        found.add(x[:6])
+
+
 def test_other_widths_do_not_merge():
     with pytest.raises(ValueError, match="6 inputs cannot join those of 5"):
         Moments.zeros(5).merge(Moments.zeros(6))

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from medgemma_runtime.backends import mil
 from medgemma_runtime.backends.mil import MilProgram
-from medgemma_runtime.backends.mil.spec import read_model
+from medgemma_runtime.backends.mil.program import _held_dtype
+from medgemma_runtime.backends.mil.spec import TensorType, read_model
 from medgemma_runtime.backends.mil.wire import WireError, fields, floats, integers, message, text
 from medgemma_runtime.errors import ArtifactError, EdgeError
 
@@ -286,6 +287,30 @@ def test_no_byte_of_the_model_makes_it_fail_in_another_way(package: Path) -> Non
         except EdgeError:
             refused += 1
     assert refused > 200
+
+
+@pytest.mark.parametrize(
+    ("parameter", "operator"),
+    [
+        (b"data", "constexpr_blockwise_shift_scale"),
+        (b"scale", "constexpr_blockwise_shift_scale"),
+        (b"input", "read_state"),
+        (b"x", "slice_update"),
+    ],
+)
+def test_an_operation_without_what_it_needs(package: Path, parameter: bytes, operator: str) -> None:
+    key = bytes((0x0A, len(parameter))) + parameter  # field 1 of a map's entry: its key
+    path = package / MODEL
+    path.write_bytes(path.read_bytes().replace(key, key[:-1] + b"_"))
+    with pytest.raises(
+        ArtifactError, match=rf"{operator} .* of function .* needs one {parameter.decode()!r}"
+    ):
+        MilProgram.open(package)
+
+
+def test_a_tensor_of_what_only_constants_are() -> None:
+    with pytest.raises(EdgeError, match="tensors of uint6 are not evaluated"):
+        _held_dtype(TensorType(dtype="uint6", shape=(1,)))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,15 @@ READ_STATE, WRITE_STATE, SLICE_UPDATE = "read_state", "write_state", "slice_upda
 OPERATORS = frozenset({"const", READ_STATE, WRITE_STATE, *DECOMPRESSIONS, *MOVES, *COMPUTES})
 """Every operator that this evaluates."""
 
+# What is asked of an operation by name before it runs: to plan its run, or to say what a weight is.
+_NEEDED = {
+    READ_STATE: ("input",),
+    WRITE_STATE: ("input", "data"),
+    SLICE_UPDATE: ("x",),
+    "constexpr_blockwise_shift_scale": ("data", "scale"),
+    "constexpr_lut_to_dense": ("indices", "lut"),
+}
+
 _OPSETS = ("CoreML8", "CoreML9")  # iOS 18 and 26: coremltools 9.0 defines no operator anew for the second
 
 
@@ -172,12 +181,22 @@ def _check_names(
     types: Mapping[str, TensorType],
     states: Mapping[str, TensorType],
 ) -> None:
-    """Whatever is named must come before, and only states can be read and written as such."""
+    """What is needed is there, whatever is named comes before, and only states are read and written so."""
+    single = {*_NEEDED.get(operation.type, ()), *(bound if operation.type in DECOMPRESSIONS else ())}
+    for parameter in sorted(single):
+        if (count := len(bound.get(parameter, ()))) != 1:
+            raise ArtifactError(
+                f"{operation.type} {operation.name!r} of function {function!r} needs one {parameter!r} and "
+                f"has {count}; the package is altered: export again"
+            )
     for parameter, items in bound.items():
         is_state = operation.type in (READ_STATE, WRITE_STATE) and parameter == "input"
         for item in items:
-            if isinstance(item, str) and item not in (states if is_state else types):
-                what = f"the state {item!r}" if is_state else repr(item)
+            if not isinstance(item, str) and not is_state:
+                continue
+            name = item if isinstance(item, str) else "a constant"
+            if name not in (states if is_state else types):
+                what = f"the state {name!r}" if is_state else repr(name)
                 why = f"the states are {sorted(states)}" if is_state else "nothing before it has that name"
                 raise ArtifactError(
                     f"{operation.type} {operation.name!r} of function {function!r} takes {what} as "

@@ -316,7 +316,13 @@ def _check_type(kind: TensorType, x: NDArray[Any]) -> None:
 
 
 def _held_dtype(kind: TensorType) -> np.dtype[Any]:
-    """What numpy holds a tensor as."""
+    """What numpy holds a tensor as.
+
+    Raises:
+        EdgeError: If it can be a constant alone, such as integers of 6 bits.
+    """
+    if kind.dtype not in NUMPY_DTYPES:
+        raise EdgeError(f"tensors of {kind.dtype} are not evaluated")
     return np.dtype("float32" if kind.dtype in ("fp16", "fp32") else NUMPY_DTYPES[kind.dtype])
 
 

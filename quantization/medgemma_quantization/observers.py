@@ -152,7 +152,7 @@ class Moments:
         """
         lacking = None if original is None else original - x
         magnitudes = np.abs(x).sum(axis=0, dtype=np.float64)
-        # Not the peak's square for every row: a few activations of a model are thousands of times the others.
+        # Not the peak's square for every row: a few activations may be thousands of times the others.
         # A sum of products is at most the larger of the sums of squares.
         squares = [
             np.einsum("ij,ij->j", part, part, dtype=np.float64) for part in (x, lacking) if part is not None

@@ -126,7 +126,6 @@ def test_what_cannot_be_summed_is_refused(bad):
 
 
 def test_one_large_activation_among_many_rows_is_summed():
-    """As in Gemma's MLPs, where the first token's are thousands of times the others'."""
     x = np.ones((200_000, INPUTS), np.float32)
     x[0, 2] = 1e4
     moments = Moments.zeros(INPUTS)

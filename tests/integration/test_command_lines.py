@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -270,3 +271,28 @@ def test_a_reference_of_another_model_is_refused(work, tmp_path):
 def test_help_has_examples(command):
     shown = call(command, "--help").stdout
     assert "Example" in shown
+
+
+def readme_commands():
+    """Every command that a README shows in a block of its own, with the line it begins on."""
+    root = Path(__file__).parents[2]
+    for path in (root / "README.md", *sorted(root.glob("*/README.md"))):
+        for block in re.findall(r"^```\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = line.partition("  #")[0].split()
+                if words and words[0] in MAINS:
+                    yield pytest.param(words, id=f"{path.relative_to(root)}: {' '.join(words)[:60]}")
+
+
+@pytest.mark.parametrize("words", list(readme_commands()))
+def test_a_command_of_a_readme_has_the_options_that_it_shows(words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    command, *rest = words
+    help_text = call(command, "--help").stdout
+    subcommands = re.findall(r"^│ ([a-z-]+) ", help_text, re.M) if "COMMAND [ARGS]" in help_text else []
+    if rest and rest[0] in subcommands:
+        help_text = call(command, rest[0], "--help").stdout
+    elif "stages" in subcommands:
+        help_text = call(command, "stages", "--help").stdout
+    known = set(re.findall(r"--[a-z-]+", help_text))
+    assert {word for word in rest if word.startswith("--")} <= known

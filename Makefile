@@ -29,9 +29,9 @@ demo: $(VENV)/.installed
 	medgemma-parity $(OUT)/fp32 --reference $(OUT)/reference --per-layer --out $(OUT)/parity-fp32.json
 	for precision in int8 int4; do \
 	  medgemma-reference packing $(OUT)/$$precision --model $(MODEL) --reference $(OUT)/reference \
-	    --out $(OUT)/packing-$$precision && \
+	    --per-layer --out $(OUT)/packing-$$precision && \
 	  medgemma-parity $(OUT)/$$precision --reference $(OUT)/reference --reference $(OUT)/packing-$$precision \
-	    --out $(OUT)/parity-$$precision.json || exit; \
+	    --per-layer --out $(OUT)/parity-$$precision.json || exit; \
 	done
 	medgemma-reference plain-onnx --model $(MODEL) --out $(OUT)/plain.onnx
 	for precision in fp32 int8 int4; do \
@@ -53,8 +53,10 @@ demo: $(VENV)/.installed
 	medgemma-export --target coreml --units ane --model sample:medgemma-tiny --precision int8 --context 512 \
 	  --out $(OUT)/medgemma-ane
 	medgemma-run generate $(OUT)/medgemma-ane --max-tokens 4 --prompt "Findings?"
-	medgemma-export --target executorch --model $(MODEL) --precision int8 --out $(OUT)/executorch
-	medgemma-parity $(OUT)/executorch --reference $(OUT)/reference --out $(OUT)/parity-executorch.json
+	medgemma-export --target executorch --model $(MODEL) --precision int8 --separate-weights \
+	  --out $(OUT)/executorch
+	medgemma-parity $(OUT)/executorch --reference $(OUT)/reference --per-layer \
+	  --out $(OUT)/parity-executorch.json
 	medgemma-report $(OUT)/medgemma-parity.json $(OUT)/medgemma-quantization.json --out $(OUT)/report-medgemma
 	medgemma-report $(OUT)/parity-*.json $(OUT)/latency-*.json --out $(OUT)/report
 

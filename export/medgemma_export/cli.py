@@ -1,6 +1,5 @@
 """The command line `medgemma-export`: parse, call, print."""
 
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -60,10 +59,6 @@ def run(app: typer.Typer) -> int:
     """Run a command line of this package; its exit code."""
     # transformers warns about token ids of SigLIP's own default configuration; its errors still show.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # ExecuTorch brings torchao, which transformers imports where it is: it warns about kernels for GPUs that
-    # it could not load, and PyTorch about its enumerations.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     return run_app(app)
 
 

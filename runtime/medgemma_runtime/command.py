@@ -1,6 +1,7 @@
 """What every command line of this project shares: a progress bar, an exit code, a sentence for a refusal."""
 
 import errno
+import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,13 +33,18 @@ DEFECT = 70  # EX_SOFTWARE of sysexits.h; Python's own 1 would read as a failed 
 INTERRUPTED = 130  # what shells report for Ctrl-C: 128 + SIGINT
 READER_GONE = 141  # what shells report for `| head`: 128 + SIGPIPE
 
+# ExecuTorch brings torchao, which warns about kernels for GPUs that it could not load, and PyTorch about
+# torchao's enumerations.
+_LOGGERS_OF_OTHERS = ("torchao", "torch.utils._pytree")
+
 
 def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     """Run a command line and say how it ended.
 
     A refusal (EdgeError) and an error of the operating system (a full disk, no permission) are
     printed on stderr as one sentence. Where the reader of a pipe has gone, as `head` does, it ends
-    without a word. Anything else is a defect of ours and prints its traceback.
+    without a word. Anything else is a defect of ours and prints its traceback. Of other packages' warnings
+    those that no user can act on are not shown.
 
     Args:
         app: The commands. They end early with `typer.Exit(code)`.
@@ -48,6 +54,8 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         The exit code: `DONE`, `CHECK_FAILED`, `BAD_REQUEST` (a refusal, an unknown option), `DEFECT`,
         `INTERRUPTED` or `READER_GONE`.
     """
+    for name in _LOGGERS_OF_OTHERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(args=None if arguments is None else list(arguments))
     except SystemExit as end:

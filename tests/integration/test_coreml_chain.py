@@ -8,7 +8,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("medgemma_export.targets.coreml_mil")
 
-from medgemma_benchmarks import prediction_parity
+from medgemma_benchmarks import parity_inputs
 from medgemma_benchmarks.bundle import open_bundle
 from medgemma_benchmarks.prediction_parity import check_predictions
 from medgemma_export.build import build
@@ -65,7 +65,7 @@ def test_parity_with_transformers_over_images_chunks_and_the_windows_edge(work, 
 
 
 def test_a_scaled_stream_wants_scaled_image_features(work, monkeypatch):
-    monkeypatch.setattr(prediction_parity, "residual_scale", lambda artifact: 1.0)
+    monkeypatch.setattr(parity_inputs, "residual_scale", lambda artifact: 1.0)
     report = check(work)
     failed = {check.subject for check in report.checks if check.verdict == "FAIL"}
     assert {"vision", "decoder"} <= failed

@@ -4,6 +4,7 @@ pydicom decodes, with one fixed plugin for each compression, so that the same fi
 every machine. Values that could identify a patient never enter an error message.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,11 @@ def decode_frame(path: Path, dataset: "Dataset", frame: int) -> tuple[Stored, st
         package = "pylibjpeg-openjpeg" if "2000" in syntax.name else "pylibjpeg-libjpeg"
         raise missing_package(package, extra="dicom", purpose=f"decode {syntax.name}")
     try:
+        if plugin == "pylibjpeg":
+            _check_header(path, dataset, frame, syntax)
         stored, properties = decoder.as_array(dataset, index=frame, decoding_plugin=plugin)
+    except ImageError:
+        raise
     except Exception as error:  # the decoders raise whatever the damaged bytes lead to
         reason = " ".join(str(error).split())  # about pixel data only, no element that identifies a patient
         raise ImageError(
@@ -129,6 +134,32 @@ def decode_frame(path: Path, dataset: "Dataset", frame: int) -> tuple[Stored, st
             f"{path} is {photometric} after decoding, which {syntax.name} does not allow; convert it to RGB"
         )
     return stored, photometric
+
+
+def _check_header(path: Path, dataset: "Dataset", frame: int, syntax: "UID") -> None:
+    """Hold a compressed frame's own size against the limit; decoders make room by it, not by Rows."""
+    from pydicom.encaps import get_frame
+
+    table = None
+    if "ExtendedOffsetTable" in dataset:
+        table = dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths
+    frames = count_frames(path, dataset)
+    codestream = get_frame(dataset.PixelData, frame, extended_offsets=table, number_of_frames=frames)
+    header: Mapping[str, Any]
+    if "2000" in syntax.name:
+        from openjpeg import utils as openjpeg
+
+        header = openjpeg.get_parameters(codestream)
+    else:
+        from libjpeg import utils as libjpeg
+
+        header = libjpeg.get_parameters(codestream)
+    rows, columns = int(header["rows"]), int(header["columns"])
+    if rows * columns > MAX_PIXELS:
+        raise ImageError(
+            f"{path} has pixel data of {columns} x {rows} pixels and {MAX_PIXELS:,} at most can be decoded; "
+            "cut a large image into patches first"
+        )
 
 
 def _transfer_syntax(dataset: "Dataset") -> "UID":

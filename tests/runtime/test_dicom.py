@@ -1,6 +1,7 @@
 """DICOM rendering against pydicom's own transformations, lossless siblings and numbers computed by hand."""
 
 import importlib.util
+import io
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from medgemma_runtime import dicom, dicom_file
 from medgemma_runtime.decoder_warnings import warnings_decided
@@ -23,7 +25,13 @@ for package in ("data_store", "openjpeg", "libjpeg"):
 
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402 - after the check that it is installed
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array  # noqa: E402
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless  # noqa: E402
+from pydicom.uid import (  # noqa: E402
+    UID,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+)
 
 
 def folder(package: str, inside: str) -> Path:
@@ -708,6 +716,42 @@ def test_the_filters_decide_each_warning() -> None:
         ):
             with pytest.raises(UserWarning, match=re.escape(message)):
                 warnings.warn(message, UserWarning, stacklevel=1)
+
+
+LARGE = 60_000
+
+
+@pytest.mark.parametrize(
+    ("syntax", "kind", "marker", "sizes"),
+    [
+        # Of the image and, at no offset, of its one tile: columns and rows (ISO 15444-1, A.5.1, SIZ).
+        (
+            JPEG2000Lossless,
+            "JPEG2000",
+            b"\xff\x51\x00\x29\x00\x00",
+            2 * LARGE.to_bytes(4, "big") + bytes(8) + 2 * LARGE.to_bytes(4, "big"),
+        ),
+        # Rows and columns (ISO 10918-1, B.2.2, SOF0).
+        (JPEGBaseline8Bit, "JPEG", b"\xff\xc0\x00\x0b\x08", 2 * LARGE.to_bytes(2, "big")),
+    ],
+)
+def test_a_compressed_frame_larger_than_the_file_says_is_refused(
+    tmp_path: Path, syntax: UID, kind: str, marker: bytes, sizes: bytes
+) -> None:
+    """3.6 billion pixels by its own header, and 16 x 16 by Rows and Columns."""
+    stream = io.BytesIO()
+    Image.new("L", (16, 16)).save(stream, kind, **({"no_jp2": True} if kind == "JPEG2000" else {}))
+    whole = stream.getvalue()
+    before, found, after = whole.partition(marker)
+    assert found
+    for content, name in ((whole, "whole.dcm"), (before + found + sizes + after[len(sizes) :], "bomb.dcm")):
+        dataset = pydicom.dcmread(written(tmp_path / "plain.dcm", np.zeros((16, 16), np.uint8)))
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.PixelData = pydicom.encaps.encapsulate([content])
+        dataset.save_as(tmp_path / name)
+    assert read_dicom(tmp_path / "whole.dcm").shape == (16, 16, 3)
+    with pytest.raises(ImageError, match=r"60000 x 60000 pixels and 89,478,485 at most"):
+        read_dicom(tmp_path / "bomb.dcm")
 
 
 def test_jpeg_2000_is_named_as_pydicom_names_it() -> None:

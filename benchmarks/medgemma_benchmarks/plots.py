@@ -185,7 +185,7 @@ def plot_size(points: Mapping[str, tuple[int, float]]) -> Plot:
         axes.plot(
             size / 1e6, error, _MARKERS[index % 6], color=_COLOURS[index % 6], markersize=9, label=label
         )
-        axes.annotate(label, (size / 1e6, error), xytext=(8, 6), textcoords="offset points")
+    axes.legend(frameon=False)  # names beside the points would lie on each other where sizes are alike
     axes.set_yscale("log")
     axes.set_xlim(left=0)
     axes.margins(x=0.15, y=0.25)

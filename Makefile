@@ -60,12 +60,14 @@ demo: $(VENV)/.installed
 	medgemma-report $(OUT)/medgemma-parity.json $(OUT)/medgemma-quantization.json --out $(OUT)/report-medgemma
 	medgemma-report $(OUT)/parity-*.json $(OUT)/latency-*.json --out $(OUT)/report
 
+# A process for each core, and one thread for each process.
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 floor:
 	rm -rf build/floor

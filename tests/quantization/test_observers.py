@@ -39,7 +39,7 @@ def parts(moments: Moments) -> list[np.ndarray]:
     return [np.array(moments.rows), *(array for part in sums for array in (part.high, part.low))]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 999), owners=st.lists(st.integers(0, 3), min_size=1, max_size=12), order=st.randoms()
 )
@@ -64,7 +64,6 @@ def test_plain_sums_would_depend_on_the_order():
     assert (sum(terms) != sum(reversed(terms))).any()
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-(2.0**37), 2.0**37), min_size=1, max_size=20))
 def test_a_sum_is_the_sum_of_its_cut_terms(terms):
     total = ExactSum.zeros((1,))

@@ -204,7 +204,7 @@ def test_evaluation_truncates_float32_and_not_the_exact_value() -> None:
 # --- properties ---
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     height=st.integers(1, 70),
     width=st.integers(1, 70),
@@ -218,7 +218,7 @@ def test_a_constant_image_stays_constant(height: int, width: int, level: int, va
     assert (resized == level).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(height=st.integers(1, 60), width=st.integers(1, 60), variant=st.sampled_from(VARIANTS))
 def test_channels_do_not_mix_and_floats_lie_in_the_unit_range(
     height: int, width: int, variant: ImageSpec
@@ -232,7 +232,7 @@ def test_channels_do_not_mix_and_floats_lie_in_the_unit_range(
     assert -1 <= forward.min() <= forward.max() <= 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(height=st.integers(1, 40), width=st.integers(1, 40))
 def test_padding_centres_and_puts_the_odd_line_last(height: int, width: int) -> None:
     side = max(height, width)

@@ -87,7 +87,7 @@ def test_fifteen_int4_leave_half_a_byte(tmp_path: Path) -> None:
     np.testing.assert_array_equal(evaluate(program), data)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.data())
 def test_blocks_of_any_shape_as_coremltools_takes_them_apart(data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
@@ -107,7 +107,7 @@ def test_blocks_of_any_shape_as_coremltools_takes_them_apart(data: st.DataObject
     np.testing.assert_allclose(actual, theirs, rtol=1e-6, strict=True)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.data())
 def test_tables_of_any_grouping_as_coremltools_looks_them_up(data: st.DataObject) -> None:
     groups = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))

@@ -450,7 +450,7 @@ def test_what_a_program_leaves_out_has_its_default(operator: str, inputs: Arrays
     np.testing.assert_allclose(np.asarray(actual), expected.numpy(), rtol=2e-5, atol=2e-6, strict=True)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_slices_as_coremltools_does(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
@@ -479,7 +479,7 @@ def test_slices_as_coremltools_does(data: st.DataObject) -> None:
     np.testing.assert_array_equal(actual, reference, strict=True)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_convolves_any_geometry_as_pytorch_does(data: st.DataObject) -> None:
     draw = data.draw
